@@ -1,0 +1,93 @@
+# Every target sets up what it needs. Variables: PYTHON, PROVIDER=cpu|cuda, PORT, TORCH, RUN, CONFIG, NAME, VERSION.
+PYTHON ?= python3
+PORT ?= 3000
+HOST ?= 127.0.0.1
+PROVIDER ?= $(shell nvidia-smi -L >/dev/null 2>&1 && echo cuda || echo cpu)
+TORCH ?= torch==2.13.0
+CONFIG ?= training/configs/pbmc.yaml
+RUN ?= runs/pbmc
+VERSION ?=
+UV := .uv/bin/uv
+DEV := .venv
+SERVE := $(if $(filter cuda,$(PROVIDER)),.venv-serve-cuda,.venv-serve)
+SERVE_LOCK := requirements/$(if $(filter cuda,$(PROVIDER)),serving-gpu,serving).txt
+PACKAGES := service training
+export BENTOML_HOME ?= $(CURDIR)/.cache/bentoml
+export BENTOML_DO_NOT_TRACK := true
+export CELLSERVE_PROVIDER ?= $(PROVIDER)
+export UV_CUSTOM_COMPILE_COMMAND := make lock
+COMPILE := $(UV) pip compile -q --universal --python-version 3.11 --generate-hashes --no-emit-package torch pyproject.toml
+
+.PHONY: help setup setup-serve serve train evaluate export reproduce test lint bench bento docs examples lock clean
+.DEFAULT_GOAL := help
+
+help:  ## list the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-12s %s\n", $$1, $$2}'
+
+setup: $(DEV)/.ready  ## the environment for training, tests and docs (with torch)
+
+setup-serve: $(SERVE)/.ready  ## the environment for serving (without torch)
+
+serve: $(SERVE)/.ready  ## serve models_store/ on HOST:PORT, with the CUDA build where nvidia-smi answers
+	$(SERVE)/bin/bentoml serve service.app:CellServe --host $(HOST) --port $(PORT)
+
+train: $(DEV)/.ready  ## fit CONFIG from the published counts into RUN
+	$(DEV)/bin/python -m training fit $(CONFIG) --output $(RUN)
+
+evaluate: $(DEV)/.ready  ## accuracy and macro-F1 of RUN beside logistic regression
+	$(DEV)/bin/python -m training evaluate $(RUN)
+
+export: $(DEV)/.ready  ## write RUN as a new version into models_store/
+	$(DEV)/bin/python -m training export $(RUN) $(if $(VERSION),--version $(VERSION))
+
+reproduce: $(DEV)/.ready  ## train CONFIG again and compare its graphs, byte by byte, with those of models_store/
+	$(DEV)/bin/python -m training reproduce $(CONFIG)
+
+test: $(DEV)/.ready $(SERVE)/.ready  ## all tests; the served ones run against the environment without torch
+	CELLSERVE_TEST_SERVER_PYTHON=$(SERVE)/bin/python $(DEV)/bin/python -m pytest
+
+lint: $(DEV)/.ready  ## ruff, mypy in strict mode, the architecture's contracts, generated files
+	$(DEV)/bin/ruff check .
+	$(DEV)/bin/ruff format --check .
+	$(DEV)/bin/mypy
+	$(DEV)/bin/lint-imports
+	$(DEV)/bin/python -m docs.generate --check
+
+bench: $(DEV)/.ready  ## benchmarks/, both sides in one run, as ratios
+	$(DEV)/bin/python -m benchmarks.embed_http
+
+bento: $(SERVE)/.ready  ## build a bento of the service and the models
+	$(SERVE)/bin/bentoml build --version "$$(git describe --always --dirty --tags)"
+
+docs: $(DEV)/.ready  ## write the generated parts and build site/
+	$(DEV)/bin/python -m docs.generate
+	$(DEV)/bin/mkdocs build --strict
+
+examples: $(DEV)/.ready $(SERVE)/.ready  ## ask a running server for the real answers that the README shows
+	CELLSERVE_TEST_SERVER_PYTHON=$(SERVE)/bin/python $(DEV)/bin/python -m docs.examples
+
+lock: $(UV)  ## resolve requirements/ again
+	$(COMPILE) -o requirements/serving.txt
+	$(COMPILE) --extra gpu --no-emit-package onnxruntime --override requirements/override-gpu.txt -o requirements/serving-gpu.txt
+	$(COMPILE) --extra train -c requirements/serving.txt -o requirements/training.txt
+	$(COMPILE) --extra train --extra dev -c requirements/training.txt -o requirements/development.txt
+
+clean:  ## remove environments, caches and runs
+	rm -rf .venv .venv-* .uv .cache runs site dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .import_linter_cache .hypothesis
+
+$(UV):
+	$(PYTHON) -m venv .uv
+	.uv/bin/python -m pip install -q --disable-pip-version-check uv==0.13.8
+
+$(SERVE)/.ready: $(SERVE_LOCK) pyproject.toml | $(UV)
+	$(UV) venv -q --allow-existing --python $(PYTHON) $(@D)
+	$(UV) pip sync -q --require-hashes --python $(@D) $(SERVE_LOCK)
+	$(UV) pip install -q --no-deps --python $(@D) -e .
+	touch $@
+
+$(DEV)/.ready: requirements/development.txt pyproject.toml | $(UV)
+	$(UV) venv -q --allow-existing --python $(PYTHON) $(@D)
+	$(UV) pip sync -q --require-hashes --python $(@D) requirements/development.txt
+	$(UV) pip install -q --no-deps --python $(@D) -e .
+	$(UV) pip install -q --no-config --python $(@D) "$(TORCH)" $${PIP_FIND_LINKS:+--find-links "$$PIP_FIND_LINKS"}
+	touch $@

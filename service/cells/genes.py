@@ -1,0 +1,188 @@
+"""Gene alignment: from the genes that were sent to the genes of the model, and a report of what became of each."""
+
+import re
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import scipy.sparse as sp
+from numpy.typing import NDArray
+
+from service.contract.gene_table import GeneTable
+from service.errors import TooFewGenes
+
+# Only stable ids carry a version. Symbols keep their dots: RP11-885N19.6 is a whole name.
+_VERSIONED = re.compile(r"(ENS[A-Z]*[GTP]\d{11})\.\d+")
+_ENSEMBL = re.compile(r"ENS([A-Z]*)G\d{11}")
+_PREFIXED = re.compile(r"(hg19|hg38|GRCh37|GRCh38|mm10|GRCm38|GRCm39)_+", re.IGNORECASE)
+_DATE = re.compile(r"(\d{1,2}-(Mar|Sep|Dec|Oct)|(Mar|Sep|Dec|Oct)-\d{1,2}|\d{4}-\d\d-\d\d.*)", re.IGNORECASE)
+N_EXAMPLES = 5
+N_LISTED = 20
+
+
+@dataclass(frozen=True)
+class AlignmentReport:
+    """What became of the genes that were sent. Travels in every answer."""
+
+    n_model_genes: int
+    n_query_genes: int
+    n_matched: int
+    """Genes of the model that the query has."""
+
+    gene_overlap: float
+    """n_matched / n_model_genes."""
+
+    n_missing: int
+    """Genes of the model that the query lacks; they are taken as zero."""
+
+    missing: tuple[str, ...]
+    """The missing genes that weigh most in the encoder, at most 20."""
+
+    missing_weight: float
+    """Share of the encoder's first layer that the missing genes hold, 0 to 1."""
+
+    n_unknown: int
+    """Genes that were sent and that the model does not use."""
+
+    renamed: dict[str, str]
+    """Sent name → gene of the model, where it matched by alias or without its version; at most 20."""
+
+    n_renamed: int
+    duplicated: dict[str, int]
+    """Gene of the model → number of columns that were summed into it; at most 20."""
+
+    n_duplicated: int
+    suspect: tuple[str, ...]
+    """Names that a spreadsheet has probably changed into dates (1-Mar); at most 20. They match nothing and are not guessed."""
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class GeneIndex:
+    """Finds the genes of one model by any of their names."""
+
+    table: GeneTable
+    model: str
+    """name@version, for messages."""
+
+    min_gene_overlap: float
+
+    @cached_property
+    def _by_name(self) -> dict[str, int]:
+        # From the weakest claim on a name to the strongest, so that a stronger one overwrites it.
+        index = {alias: i for i, aliases in enumerate(self.table.aliases) for alias in aliases}
+        index.update({symbol: i for i, symbol in enumerate(self.table.gene_symbol) if symbol})
+        index.update({gene_id: i for i, gene_id in enumerate(self.table.gene_id)})
+        return index
+
+    @cached_property
+    def _own_names(self) -> frozenset[str]:
+        return frozenset(self.table.gene_id) | frozenset(self.table.gene_symbol)
+
+    def find(self, name: str) -> int:
+        """Position of a gene in the model, or -1."""
+        found = self._by_name.get(name, -1)
+        if found < 0 and (versioned := _VERSIONED.fullmatch(name)):
+            found = self._by_name.get(versioned[1], -1)
+        return found
+
+    def display(self, position: int) -> str:
+        """The symbol of a gene of the model, or its id where it has none."""
+        return self.table.gene_symbol[position] or self.table.gene_id[position]
+
+    def locate(self, genes: tuple[str, ...]) -> tuple[NDArray[np.int32], AlignmentReport]:
+        """Position in the model of each gene that was sent, -1 for genes that the model does not use.
+
+        Raises:
+            TooFewGenes: the overlap is below `min_gene_overlap`, with examples of both sides and the likely reason.
+        """
+        positions = np.fromiter((self.find(gene) for gene in genes), dtype=np.int32, count=len(genes))
+        columns = np.bincount(positions[positions >= 0], minlength=len(self.table))
+        missing = np.flatnonzero(columns == 0)
+        heaviest = missing[np.argsort(-self.table.encoder_weight[missing], kind="stable")][:N_LISTED]
+        renamed = {gene: self.display(int(at)) for gene, at in zip(genes, positions, strict=True) if at >= 0 and gene not in self._own_names}
+        duplicated = np.flatnonzero(columns > 1)
+        n_matched = len(self.table) - len(missing)
+        report = AlignmentReport(
+            n_model_genes=len(self.table),
+            n_query_genes=len(genes),
+            n_matched=n_matched,
+            gene_overlap=n_matched / len(self.table),
+            n_missing=len(missing),
+            missing=tuple(self.display(int(at)) for at in heaviest),
+            missing_weight=float(self.table.encoder_weight[missing].sum()) if len(missing) else 0.0,
+            n_unknown=int((positions < 0).sum()),
+            renamed=dict(list(renamed.items())[:N_LISTED]),
+            n_renamed=len(renamed),
+            duplicated={self.display(int(at)): int(columns[at]) for at in duplicated[:N_LISTED]},
+            n_duplicated=len(duplicated),
+            suspect=tuple(gene for gene in genes if _DATE.fullmatch(gene))[:N_LISTED],
+        )
+        if report.gene_overlap < self.min_gene_overlap:
+            unmatched = [gene for gene, at in zip(genes, positions, strict=True) if at < 0]
+            raise TooFewGenes(
+                model=self.model,
+                n_model_genes=report.n_model_genes,
+                n_query_genes=report.n_query_genes,
+                n_matched=n_matched,
+                gene_overlap=report.gene_overlap,
+                min_gene_overlap=self.min_gene_overlap,
+                query_examples=", ".join(_shown(gene) for gene in (unmatched or genes)[:N_EXAMPLES]) or "none",
+                model_examples=", ".join(f"{self.table.gene_id[i]} ({self.display(i)})" for i in range(min(3, len(self.table)))),
+                hint=self._hint(unmatched),
+            )
+        return positions, report
+
+    def _hint(self, unmatched: list[str]) -> str:
+        """The likely reason why the names in `unmatched` are not known."""
+
+        def share(matches: list[bool]) -> float:
+            return sum(matches) / len(matches) if matches else 0.0
+
+        sample = unmatched[:1000]
+        if share([name.isdigit() for name in sample]) > 0.5:
+            return "The names are numbers: an index was sent in place of gene names. Send var_names."
+        if share([bool(_PREFIXED.match(name)) for name in sample]) > 0.5:
+            return "The names carry a genome prefix. Remove it (hg19_CD3D is CD3D)."
+        species = [match[1] for name in sample if (match := _ENSEMBL.match(name)) and match[1]]
+        if share([bool(name) for name in species] + [False] * (len(sample) - len(species))) > 0.5:
+            which = "mouse" if species[0] == "MUS" else f"another species (ENS{species[0]}…)"
+            return f"These are Ensembl ids of {which}; the model is not. Map orthologs first."
+        recased = share([self.find(name.upper()) >= 0 for name in sample])
+        if recased > 0.1 and share([name[:1].isupper() and name[1:].islower() for name in sample if name.isalpha()]) > 0.5:
+            return "The names are written as mouse symbols are (Cd3d). If they are mouse genes, map them to human orthologs first."
+        if recased > 0.1:
+            return "In upper case many of them would match: send the symbols as HGNC writes them."
+        if share([name[:4] in ("AB_1", "CD3-", "CD4-") or name.endswith(("_TotalSeqB", "_TotalSeqC", "_TotalSeqA")) for name in sample]) > 0.5:
+            return "These look like antibodies. Send gene expression."
+        return "Send Ensembl gene ids or gene symbols of the model's species, and all genes that were measured, not only marker genes."
+
+
+def align(counts: sp.csr_matrix, positions: NDArray[np.int32], n_genes: int) -> sp.csr_matrix:
+    """Reorder counts to the model's genes; genes that the query lacks become zero, columns of one gene are summed.
+
+    Args:
+        counts: raw counts, shape (n_cells, n_query_genes).
+        positions: for each query gene its position in the model or -1, from `GeneIndex.locate`.
+        n_genes: number of genes of the model.
+
+    Returns:
+        Counts float32 of shape (n_cells, n_genes) in canonical form: indices sorted within a cell, none twice. Sums of integers below
+        2**24 are exact in float32, so the order in which genes were sent leaves no trace in the result.
+    """
+    moved = positions[counts.indices]
+    kept = moved >= 0
+    ends = np.concatenate(([0], np.cumsum(kept)))[counts.indptr]
+    aligned = sp.csr_matrix((counts.data[kept].astype(np.float32, copy=False), moved[kept], ends), shape=(counts.shape[0], n_genes))
+    aligned.sum_duplicates()
+    return aligned
+
+
+def _shown(name: str) -> str:
+    """A name as it may stand in a message: short, and without control characters."""
+    clean = "".join(character if character.isprintable() else "?" for character in name[:40])
+    return clean + "…" if len(name) > 40 else clean

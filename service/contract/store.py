@@ -1,0 +1,127 @@
+"""models_store: which models, versions and aliases there are. Names are looked up in a listing and never joined to a path unchecked."""
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from service.contract import artifact, strict_json
+from service.errors import InvalidArtifact, ModelNotFound
+
+ALIASES = "aliases.json"
+DEFAULT = "default"
+_NAME = re.compile(r"[a-z0-9][a-z0-9_.-]{0,63}")
+_VERSION = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
+
+
+@dataclass(frozen=True)
+class ModelId:
+    """A model's name and one of its versions."""
+
+    name: str
+    version: str
+
+    def __str__(self) -> str:
+        return f"{self.name}@{self.version}"
+
+
+@dataclass(frozen=True)
+class Store:
+    """A directory of models: <root>/<name>/<version>/ and <root>/<name>/aliases.json."""
+
+    root: Path
+
+    def names(self) -> tuple[str, ...]:
+        """Names of the models that have at least one version, sorted."""
+        return tuple(name for name in _listing(self.root, _NAME) if self.versions(name))
+
+    def versions(self, name: str) -> tuple[str, ...]:
+        """Versions of a model, sorted, numbers by value."""
+        if not _NAME.fullmatch(name):
+            return ()
+        return tuple(sorted(_listing(self.root / name, _VERSION), key=_natural))
+
+    def aliases(self, name: str) -> dict[str, str]:
+        """Version by alias.
+
+        Raises:
+            InvalidArtifact: aliases.json is not an object of existing versions.
+        """
+        path = self.root / name / ALIASES
+        if not path.is_file():
+            return {}
+        try:
+            aliases = strict_json.loads(path.read_bytes())
+        except (OSError, ValueError) as error:
+            raise InvalidArtifact(path=str(path), problem=str(error)) from None
+        versions = self.versions(name)
+        if not isinstance(aliases, dict):
+            raise InvalidArtifact(path=str(path), problem="must be an object of alias: version")
+        for alias, version in aliases.items():
+            if not _NAME.fullmatch(alias) or alias in versions:
+                raise InvalidArtifact(path=str(path), problem=f"{alias!r} cannot be an alias")
+            if version not in versions:
+                raise InvalidArtifact(path=str(path), problem=f"{alias!r} points to {version!r}, which is no version")
+        return dict(aliases)
+
+    def ids(self) -> tuple[ModelId, ...]:
+        """Every version of every model."""
+        return tuple(ModelId(name, version) for name in self.names() for version in self.versions(name))
+
+    def resolve(self, model: str | None = None) -> ModelId:
+        """Find the version that `model` means.
+
+        Args:
+            model: `name`, `name@version`, `name@alias`; None where the store holds one model only.
+
+        Raises:
+            ModelNotFound: no such name, version or alias.
+        """
+        names = self.names()
+        not_found = ModelNotFound(model=(model or "")[:140], available=", ".join(map(str, self.ids())) or "none")
+        if model is None:
+            if len(names) != 1:
+                raise not_found
+            model = names[0]
+        name, _, wanted = model.partition("@")
+        if name not in names:
+            raise not_found
+        versions, aliases = self.versions(name), self.aliases(name)
+        if not wanted:
+            return ModelId(name, aliases.get(DEFAULT, versions[-1]))
+        wanted = aliases.get(wanted, wanted)
+        if wanted not in versions:
+            raise not_found
+        return ModelId(name, wanted)
+
+    def path(self, model: ModelId) -> Path:
+        """The version directory."""
+        return self.root / model.name / model.version
+
+    def set_alias(self, model: ModelId, alias: str = DEFAULT) -> None:
+        """Let `alias` mean this version, from one moment to the next.
+
+        Raises:
+            ModelNotFound: the version is not in the store.
+            ValueError: `alias` is no usable name.
+        """
+        if model.version not in self.versions(model.name):
+            raise ModelNotFound(model=str(model), available=", ".join(map(str, self.ids())) or "none")
+        if not _NAME.fullmatch(alias) or alias in self.versions(model.name):
+            raise ValueError(f"{alias!r} cannot be an alias")
+        aliases = {**self.aliases(model.name), alias: model.version}
+        content = json.dumps(aliases, indent=2, sort_keys=True).encode() + b"\n"
+        artifact.write_atomically(self.root / model.name / ALIASES, content)
+
+
+def _listing(path: Path, pattern: re.Pattern[str]) -> list[str]:
+    try:
+        entries = sorted(path.iterdir())
+    except OSError:
+        return []
+    return [entry.name for entry in entries if pattern.fullmatch(entry.name) and entry.is_dir() and not entry.is_symlink()]
+
+
+def _natural(version: str) -> tuple[tuple[int, int, str], ...]:
+    """Sort key under which "10" comes after "9"."""
+    return tuple((0, int(part), "") if part.isdigit() else (1, 0, part) for part in re.split(r"(\d+)", version) if part)

@@ -1,0 +1,287 @@
+"""Everything that can go wrong, one class each, with a stable code and the fields that fill its sentence.
+
+Raised where the fact is known; turned into an HTTP status in `service/api/problems.py` and into an exit code in `service/cli.py`.
+Clients branch on `code`, so a code never changes its meaning.
+"""
+
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar
+
+
+@dataclass(eq=False)
+class CellserveError(Exception):
+    """Base of all errors that a user can meet.
+
+    A subclass declares `code`, `title` and `sentence`; its dataclass fields fill the sentence and travel in the problem document.
+    """
+
+    code: ClassVar[str] = "internal_error"
+    title: ClassVar[str] = "Internal error"
+    sentence: ClassVar[str] = "Something went wrong on the server. It has been logged with the request id."
+
+    @property
+    def detail(self) -> str:
+        """The sentence with its fields filled in: what was found, where, and what to do."""
+        return self.sentence.format(**self.members())
+
+    def members(self) -> dict[str, Any]:
+        """The fields by name, as plain values."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}
+
+    def __str__(self) -> str:
+        return self.detail
+
+
+# --- the body -------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(eq=False)
+class MalformedBody(CellserveError):
+    """The bytes are not of the format that Content-Type names."""
+
+    code = "malformed_body"
+    title = "The body cannot be read"
+    sentence = "{problem}"
+    problem: str
+
+
+@dataclass(eq=False)
+class InvalidCells(CellserveError):
+    """The format is right, but what it holds is not cells as documented."""
+
+    code = "invalid_cells"
+    title = "The cells are not in the documented form"
+    sentence = "{problem}"
+    problem: str
+
+
+@dataclass(eq=False)
+class NoCells(CellserveError):
+    """The body holds no cell."""
+
+    code = "no_cells"
+    title = "No cells"
+    sentence = "The request holds no cells. Send at least one; docs/api.md shows the bodies that are accepted."
+
+
+@dataclass(eq=False)
+class BodyTooLarge(CellserveError):
+    """More bytes than the server reads."""
+
+    code = "body_too_large"
+    title = "The body is too large"
+    sentence = (
+        "The body is larger than the {limit_bytes:,} bytes that this server reads. Send fewer cells per request, or send Arrow with "
+        "zstd compression instead of JSON; the Python client splits a data set by itself."
+    )
+    limit_bytes: int
+
+
+@dataclass(eq=False)
+class TooManyCells(CellserveError):
+    """More cells than one request may hold."""
+
+    code = "too_many_cells"
+    title = "Too many cells in one request"
+    sentence = "The request holds {n_cells:,} cells, this server takes {limit_cells:,} at a time. Split it; answers do not depend on it."
+    n_cells: int
+    limit_cells: int
+
+
+@dataclass(eq=False)
+class UnsupportedMediaType(CellserveError):
+    """Content-Type or Content-Encoding is not one that is read."""
+
+    code = "unsupported_media_type"
+    title = "Unsupported media type"
+    sentence = "{header} '{found}' is not read here. Send one of: {accepted}."
+    header: str
+    found: str
+    accepted: str
+
+
+@dataclass(eq=False)
+class NotAcceptable(CellserveError):
+    """Accept names nothing that can be written."""
+
+    code = "not_acceptable"
+    title = "Not acceptable"
+    sentence = "None of the types in Accept '{found}' can be given. Ask for one of: {offered}."
+    found: str
+    offered: str
+
+
+@dataclass(eq=False)
+class InvalidOption(CellserveError):
+    """A query parameter is unknown or has a value that is not allowed."""
+
+    code = "invalid_option"
+    title = "Invalid option"
+    sentence = "Option '{name}': {problem}"
+    name: str
+    problem: str
+
+
+# --- genes and counts -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(eq=False)
+class TooFewGenes(CellserveError):
+    """The query and the model share fewer genes than the manifest's floor."""
+
+    code = "too_few_genes"
+    title = "Too few of the model's genes are present"
+    sentence = (
+        "Of the {n_model_genes:,} genes of {model}, {n_matched:,} are among the {n_query_genes:,} genes that were sent "
+        "({gene_overlap:.1%}; at least {min_gene_overlap:.0%} is needed). Sent, for example: {query_examples}. "
+        "The model knows, for example: {model_examples}. {hint}"
+    )
+    model: str
+    n_model_genes: int
+    n_query_genes: int
+    n_matched: int
+    gene_overlap: float
+    min_gene_overlap: float
+    query_examples: str
+    model_examples: str
+    hint: str
+
+
+@dataclass(eq=False)
+class NotRawCounts(CellserveError):
+    """A value is negative, not finite, fractional, or beyond what float32 holds exactly."""
+
+    code = "not_raw_counts"
+    title = "The values are not raw counts"
+    sentence = "{cell} has {n_values:,} {kind} value(s), first {value} at gene {gene}. {hint}"
+    cell: str
+    kind: str
+    n_values: int
+    value: str
+    gene: str
+    hint: str
+
+
+# --- models and artifacts -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(eq=False)
+class ModelNotFound(CellserveError):
+    """No model, version or alias of that name."""
+
+    code = "model_not_found"
+    title = "Model not found"
+    sentence = "There is no model '{model}' here. Available: {available}."
+    model: str
+    available: str
+
+
+@dataclass(eq=False)
+class ModelNotReady(CellserveError):
+    """The model exists, but is not loaded yet or could not be."""
+
+    code = "model_not_ready"
+    title = "Model not ready"
+    sentence = "Model '{model}' cannot answer: {reason}"
+    model: str
+    reason: str
+
+
+@dataclass(eq=False)
+class TaskNotOffered(CellserveError):
+    """The artifact lacks a graph that the task needs."""
+
+    code = "task_not_offered"
+    title = "The model does not offer this task"
+    sentence = "Model '{model}' has no graph for '{task}'. It offers: {offered}."
+    model: str
+    task: str
+    offered: str
+
+
+@dataclass(eq=False)
+class InvalidArtifact(CellserveError):
+    """A version directory is not a whole, unchanged artifact that this program understands."""
+
+    code = "invalid_artifact"
+    title = "Invalid artifact"
+    sentence = "{path}: {problem}"
+    path: str
+    problem: str
+
+
+@dataclass(eq=False)
+class VersionExists(CellserveError):
+    """A version is immutable and this one is already there."""
+
+    code = "version_exists"
+    title = "Version exists"
+    sentence = "{path} exists, and a version is never changed. Export under another version."
+    path: str
+
+
+@dataclass(eq=False)
+class ProviderUnavailable(CellserveError):
+    """The execution provider that was asked for is not there."""
+
+    code = "provider_unavailable"
+    title = "Execution provider unavailable"
+    sentence = (
+        "Provider '{asked}' was asked for, but ONNX Runtime here offers {offered}. Install the GPU build "
+        "(make serve PROVIDER=cuda), or set CELLSERVE_ALLOW_PROVIDER_FALLBACK=true to run on the CPU instead."
+    )
+    asked: str
+    offered: str
+
+
+@dataclass(eq=False)
+class GoldenMismatch(CellserveError):
+    """The golden cells give other answers on this machine than where the model was exported."""
+
+    code = "golden_mismatch"
+    title = "Golden cells give other answers here"
+    sentence = (
+        "{model}: '{output}' of the golden cells differs by {difference:.3g} from what was exported, more than the {tolerance:.3g} "
+        "allowed. The version is not served on this machine."
+    )
+    model: str
+    output: str
+    difference: float
+    tolerance: float
+
+
+# --- load and life --------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(eq=False)
+class QueueFull(CellserveError):
+    """Admitting the request would exceed the bound on queued rows."""
+
+    code = "queue_full"
+    title = "The queue is full"
+    sentence = "{n_queued:,} cells are waiting and {n_cells:,} more do not fit under {limit_rows:,}. Try again in {retry_after_seconds} s."
+    n_queued: int
+    n_cells: int
+    limit_rows: int
+    retry_after_seconds: int
+
+
+@dataclass(eq=False)
+class RequestTimeout(CellserveError):
+    """The answer, or the body, took longer than the server's limit."""
+
+    code = "timeout"
+    title = "Timed out"
+    sentence = "{what} took longer than {limit_seconds:g} s. {hint}"
+    what: str
+    limit_seconds: float
+    hint: str
+
+
+@dataclass(eq=False)
+class ShuttingDown(CellserveError):
+    """The process drains and takes no new work."""
+
+    code = "shutting_down"
+    title = "Shutting down"
+    sentence = "This server is shutting down and takes no new work. Send the request again; another instance will answer."

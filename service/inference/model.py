@@ -1,0 +1,106 @@
+"""A loaded model: its sessions, its genes, and the arithmetic that tasks share."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import scipy.sparse as sp
+from numpy.typing import NDArray
+
+from service.cells.genes import GeneIndex
+from service.contract.artifact import Artifact
+from service.contract.manifest import Manifest
+from service.errors import GoldenMismatch
+from service.inference.session import Runtime, Session
+
+
+@dataclass(frozen=True)
+class Model:
+    """One version, ready to answer. Knows nothing of its family: it runs the graphs that the manifest names."""
+
+    manifest: Manifest
+    genes: GeneIndex
+    sessions: dict[str, Session]
+    runtime: Runtime
+    card: str
+
+    @property
+    def id(self) -> str:
+        """name@version."""
+        return self.manifest.id
+
+    def encode(self, counts: sp.csr_matrix) -> NDArray[np.float32]:
+        """Latent of aligned counts.
+
+        Args:
+            counts: raw counts aligned to the model's genes, shape (n_cells, n_genes).
+
+        Returns:
+            Latent, float32 of shape (n_cells, n_latent). Each row has the same bits whatever the other rows are.
+        """
+        session = self.sessions["encode"]
+        largest = session.shapes[-1]
+        pieces = []
+        for start in range(0, counts.shape[0], largest):
+            piece = counts[start : start + largest]
+            n_cells = piece.shape[0]
+            # Densified at the padded size, so that the session has nothing left to copy.
+            dense = np.zeros((session.n_rows(n_cells), counts.shape[1]), dtype=np.float32)
+            piece.toarray(out=dense[:n_cells])
+            pieces.append(session.run({"counts": dense})["latent"][:n_cells])
+        return np.concatenate(pieces) if pieces else np.zeros((0, self.manifest.n_latent), dtype=np.float32)
+
+    def decode(self, latent: NDArray[np.float32], library_size: NDArray[np.float32], batch: str | None = None) -> NDArray[np.float32]:
+        """Expected expression.
+
+        Args:
+            latent: shape (n_cells, n_latent).
+            library_size: counts per cell, over the model's genes, shape (n_cells,).
+            batch: a batch of the reference, or "average" over all; None for the manifest's default.
+
+        Returns:
+            Expected counts, float32 of shape (n_cells, n_genes).
+        """
+        policy = self.manifest.batch
+        batch = batch or policy.decode_default
+        chosen = range(len(policy.names)) if batch == "average" else [policy.names.index(batch)]
+        total: NDArray[np.float32] | None = None
+        for index in chosen:
+            codes = np.full(len(latent), index, dtype=np.int64)
+            expression = self.sessions["decode"].run({"latent": latent, "library": library_size, "batch": codes})["expression"]
+            total = expression if total is None else total + expression
+        assert total is not None, "a manifest names at least one batch where it has a decoder"
+        return total / np.float32(len(chosen)) if len(chosen) > 1 else total
+
+    def classify(self, latent: NDArray[np.float32]) -> dict[str, NDArray[np.float32]]:
+        """Class probabilities by label level, each float32 of shape (n_cells, n_classes)."""
+        outputs = self.sessions["classify"].run({"latent": latent})
+        return {level.name: outputs[f"probabilities_{level.name}"] for level in self.manifest.labels}
+
+
+def load(artifact: Artifact, runtime: Runtime) -> Model:
+    """Make sessions of an artifact's graphs and let its golden cells prove them on this machine.
+
+    Raises:
+        InvalidArtifact: a graph or the golden file is not as the manifest says.
+        GoldenMismatch: this machine gives other answers than the manifest tolerates.
+    """
+    manifest = artifact.manifest
+    golden = artifact.golden()
+    sessions = {}
+    for name, graph in manifest.graphs.items():
+        session = Session(artifact.graph(name), graph, runtime, str(artifact.path / graph.file))
+        outputs = session.prove_shapes({tensor.name: golden[f"{name}/{tensor.name}"] for tensor in graph.inputs})
+        for tensor, values in outputs.items():
+            key = f"{name}/{tensor}"
+            # NaN compares as unequal to everything, so it must not pass as "not larger than".
+            difference = float(np.abs(values.astype(np.float64) - golden[key]).max())
+            if not difference <= manifest.golden.tolerance[key]:
+                raise GoldenMismatch(model=manifest.id, output=key, difference=difference, tolerance=manifest.golden.tolerance[key])
+        sessions[str(name)] = session
+    return Model(
+        manifest=manifest,
+        genes=GeneIndex(table=artifact.genes, model=manifest.id, min_gene_overlap=manifest.genes.min_gene_overlap),
+        sessions=sessions,
+        runtime=runtime,
+        card=artifact.card,
+    )
