@@ -56,6 +56,15 @@ class InvalidCells(CellserveError):
 
 
 @dataclass(eq=False)
+class EmptyBody(CellserveError):
+    """Nothing was sent."""
+
+    code = "empty_body"
+    title = "Empty body"
+    sentence = "The body is empty: no cells. docs/api.md shows the bodies that are accepted."
+
+
+@dataclass(eq=False)
 class NoCells(CellserveError):
     """The body holds no cell."""
 
@@ -267,15 +276,39 @@ class QueueFull(CellserveError):
 
 
 @dataclass(eq=False)
+class TooManyBytes(CellserveError):
+    """The bodies that are held leave no room for this one."""
+
+    code = "too_many_bytes"
+    title = "Too many bytes in flight"
+    sentence = (
+        "There is no room for {n_bytes:,} more bytes: this server holds at most {limit_bytes:,} at a time. "
+        "Try again in {retry_after_seconds} s."
+    )
+    n_bytes: int
+    limit_bytes: int
+    retry_after_seconds: int
+
+
+@dataclass(eq=False)
+class BodyTimeout(CellserveError):
+    """The body did not arrive in time."""
+
+    code = "body_timeout"
+    title = "The body did not arrive in time"
+    sentence = "After {limit_seconds:g} s only {n_bytes:,} bytes of the body had arrived. Send smaller requests."
+    n_bytes: int
+    limit_seconds: float
+
+
+@dataclass(eq=False)
 class RequestTimeout(CellserveError):
-    """The answer, or the body, took longer than the server's limit."""
+    """The answer took longer than the server allows."""
 
     code = "timeout"
     title = "Timed out"
-    sentence = "{what} took longer than {limit_seconds:g} s. {hint}"
-    what: str
+    sentence = "No answer within {limit_seconds:g} s; what was waiting has left the queue. Send fewer cells, or try again later."
     limit_seconds: float
-    hint: str
 
 
 @dataclass(eq=False)
@@ -284,4 +317,37 @@ class ShuttingDown(CellserveError):
 
     code = "shutting_down"
     title = "Shutting down"
-    sentence = "This server is shutting down and takes no new work. Send the request again; another instance will answer."
+    sentence = (
+        "This server is shutting down and takes no new work. Send the request again; another instance will answer."
+    )
+
+
+@dataclass(eq=False)
+class NotReady(CellserveError):
+    """The readiness probe's answer while the service cannot do its work."""
+
+    code = "not_ready"
+    title = "Not ready"
+    sentence = "{reason}"
+    reason: str
+    models: dict[str, str]
+
+
+@dataclass(eq=False)
+class RouteNotFound(CellserveError):
+    """No such path."""
+
+    code = "not_found"
+    title = "Not found"
+    sentence = "There is nothing at this path. GET /docs.json describes all paths, GET /v1/models lists the models."
+
+
+@dataclass(eq=False)
+class MethodNotAllowed(CellserveError):
+    """The path exists, but not for this method."""
+
+    code = "method_not_allowed"
+    title = "Method not allowed"
+    sentence = "{method} is not allowed here. Use {allowed}."
+    method: str
+    allowed: str

@@ -104,7 +104,11 @@ class GeneIndex:
         columns = np.bincount(positions[positions >= 0], minlength=len(self.table))
         missing = np.flatnonzero(columns == 0)
         heaviest = missing[np.argsort(-self.table.encoder_weight[missing], kind="stable")][:N_LISTED]
-        renamed = {gene: self.display(int(at)) for gene, at in zip(genes, positions, strict=True) if at >= 0 and gene not in self._own_names}
+        renamed = {
+            gene: self.display(int(at))
+            for gene, at in zip(genes, positions, strict=True)
+            if at >= 0 and gene not in self._own_names
+        }
         duplicated = np.flatnonzero(columns > 1)
         n_matched = len(self.table) - len(missing)
         report = AlignmentReport(
@@ -132,7 +136,9 @@ class GeneIndex:
                 gene_overlap=report.gene_overlap,
                 min_gene_overlap=self.min_gene_overlap,
                 query_examples=", ".join(_shown(gene) for gene in (unmatched or genes)[:N_EXAMPLES]) or "none",
-                model_examples=", ".join(f"{self.table.gene_id[i]} ({self.display(i)})" for i in range(min(3, len(self.table)))),
+                model_examples=", ".join(
+                    f"{self.table.gene_id[i]} ({self.display(i)})" for i in range(min(3, len(self.table)))
+                ),
                 hint=self._hint(unmatched),
             )
         return positions, report
@@ -153,11 +159,22 @@ class GeneIndex:
             which = "mouse" if species[0] == "MUS" else f"another species (ENS{species[0]}…)"
             return f"These are Ensembl ids of {which}; the model is not. Map orthologs first."
         recased = share([self.find(name.upper()) >= 0 for name in sample])
-        if recased > 0.1 and share([name[:1].isupper() and name[1:].islower() for name in sample if name.isalpha()]) > 0.5:
+        if (
+            recased > 0.1
+            and share([name[:1].isupper() and name[1:].islower() for name in sample if name.isalpha()]) > 0.5
+        ):
             return "The names are written as mouse symbols are (Cd3d). If they are mouse genes, map them to human orthologs first."
         if recased > 0.1:
             return "In upper case many of them would match: send the symbols as HGNC writes them."
-        if share([name[:4] in ("AB_1", "CD3-", "CD4-") or name.endswith(("_TotalSeqB", "_TotalSeqC", "_TotalSeqA")) for name in sample]) > 0.5:
+        if (
+            share(
+                [
+                    name[:4] in ("AB_1", "CD3-", "CD4-") or name.endswith(("_TotalSeqB", "_TotalSeqC", "_TotalSeqA"))
+                    for name in sample
+                ]
+            )
+            > 0.5
+        ):
             return "These look like antibodies. Send gene expression."
         return "Send Ensembl gene ids or gene symbols of the model's species, and all genes that were measured, not only marker genes."
 
@@ -177,7 +194,9 @@ def align(counts: sp.csr_matrix, positions: NDArray[np.int32], n_genes: int) -> 
     moved = positions[counts.indices]
     kept = moved >= 0
     ends = np.concatenate(([0], np.cumsum(kept)))[counts.indptr]
-    aligned = sp.csr_matrix((counts.data[kept].astype(np.float32, copy=False), moved[kept], ends), shape=(counts.shape[0], n_genes))
+    aligned = sp.csr_matrix(
+        (counts.data[kept].astype(np.float32, copy=False), moved[kept], ends), shape=(counts.shape[0], n_genes)
+    )
     aligned.sum_duplicates()
     return aligned
 

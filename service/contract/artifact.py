@@ -52,7 +52,10 @@ class Artifact:
 
 def describe(contents: Mapping[str, bytes]) -> dict[str, File]:
     """The manifest's `files` for these contents."""
-    return {name: File(sha256=hashlib.sha256(content).hexdigest(), n_bytes=len(content)) for name, content in sorted(contents.items())}
+    return {
+        name: File(sha256=hashlib.sha256(content).hexdigest(), n_bytes=len(content))
+        for name, content in sorted(contents.items())
+    }
 
 
 def read_manifest(path: Path) -> Manifest:
@@ -69,7 +72,9 @@ def read_manifest(path: Path) -> Manifest:
         raise InvalidArtifact(path=str(file), problem=f"not valid JSON: {error}") from None
     found = document.get("schema_version") if isinstance(document, dict) else None
     if found != SCHEMA_VERSION:
-        raise InvalidArtifact(path=str(file), problem=f"schema_version is {found!r}, this program reads {SCHEMA_VERSION}")
+        raise InvalidArtifact(
+            path=str(file), problem=f"schema_version is {found!r}, this program reads {SCHEMA_VERSION}"
+        )
     try:
         # Strict JSON mode: "1" is not 1, and no value is converted in silence.
         manifest = Manifest.model_validate_json(content, strict=True)
@@ -79,7 +84,9 @@ def read_manifest(path: Path) -> Manifest:
         more = f" ({error.error_count() - 1} more)" if error.error_count() > 1 else ""
         raise InvalidArtifact(path=str(file), problem=f"{where}: {first['msg']}{more}") from None
     if (manifest.name, manifest.version) != (path.parent.name, path.name):
-        raise InvalidArtifact(path=str(file), problem=f"says it is {manifest.id}, but lies in {path.parent.name}/{path.name}")
+        raise InvalidArtifact(
+            path=str(file), problem=f"says it is {manifest.id}, but lies in {path.parent.name}/{path.name}"
+        )
     return manifest
 
 
@@ -99,7 +106,9 @@ def read(path: Path) -> Artifact:
     for name, file in manifest.files.items():
         content = _read_regular(path / name, file.n_bytes)
         if len(content) != file.n_bytes or hashlib.sha256(content).hexdigest() != file.sha256:
-            raise InvalidArtifact(path=str(path / name), problem="its bytes are not those that the manifest's sha256 was taken of")
+            raise InvalidArtifact(
+                path=str(path / name), problem="its bytes are not those that the manifest's sha256 was taken of"
+            )
         contents[name] = content
     for graph in manifest.graphs.values():
         onnx_file.check(path / graph.file, contents[graph.file])
@@ -108,7 +117,9 @@ def read(path: Path) -> Artifact:
     except ValueError as error:
         raise InvalidArtifact(path=str(path / manifest.genes.file), problem=str(error)) from None
     if len(genes) != manifest.genes.n_genes or genes.digest != manifest.genes.digest:
-        raise InvalidArtifact(path=str(path / manifest.genes.file), problem="its genes are not those of the manifest's n_genes and digest")
+        raise InvalidArtifact(
+            path=str(path / manifest.genes.file), problem="its genes are not those of the manifest's n_genes and digest"
+        )
     return Artifact(path=path, manifest=manifest, genes=genes, contents=contents)
 
 

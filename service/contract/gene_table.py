@@ -70,5 +70,8 @@ class GeneTable:
         """The bytes of genes.tsv; `parse` gives the table back."""
         rows = zip(self.gene_id, self.gene_symbol, self.aliases, self.encoder_weight, strict=True)
         lines = ["\t".join(HEADER)]
-        lines += [f"{gene_id}\t{symbol}\t{'|'.join(aliases)}\t{np.format_float_positional(weight)}" for gene_id, symbol, aliases, weight in rows]
+        lines += [
+            f"{gene_id}\t{symbol}\t{'|'.join(aliases)}\t{np.format_float_positional(weight)}"
+            for gene_id, symbol, aliases, weight in rows
+        ]
         return ("\n".join(lines) + "\n").encode()

@@ -153,7 +153,7 @@ class Provenance(Strict):
 class Manifest(Strict):
     """manifest.json."""
 
-    schema_version: Literal[1] = SCHEMA_VERSION
+    schema_version: Literal[1] = 1
     name: Name
     version: Version
     family: str
@@ -186,11 +186,15 @@ class Manifest(Strict):
             raise ValueError("graphs lacks 'encode'")
         if self.batch.decode_default not in ("average", *self.batch.names):
             raise ValueError(f"batch.decode_default '{self.batch.decode_default}' is no batch of the reference")
-        outputs = {output.name: output for output in self.graphs["classify"].outputs} if "classify" in self.graphs else {}
+        outputs = (
+            {output.name: output for output in self.graphs["classify"].outputs} if "classify" in self.graphs else {}
+        )
         for level in self.labels:
             output = outputs.get(f"probabilities_{level.name}")
             if output is None or output.shape != ("n", len(level.classes)):
-                raise ValueError(f"classify has no output probabilities_{level.name} of shape [n, {len(level.classes)}]")
+                raise ValueError(
+                    f"classify has no output probabilities_{level.name} of shape [n, {len(level.classes)}]"
+                )
         return self
 
     @property

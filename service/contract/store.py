@@ -119,7 +119,9 @@ def _listing(path: Path, pattern: re.Pattern[str]) -> list[str]:
         entries = sorted(path.iterdir())
     except OSError:
         return []
-    return [entry.name for entry in entries if pattern.fullmatch(entry.name) and entry.is_dir() and not entry.is_symlink()]
+    return [
+        entry.name for entry in entries if pattern.fullmatch(entry.name) and entry.is_dir() and not entry.is_symlink()
+    ]
 
 
 def _natural(version: str) -> tuple[tuple[int, int, str], ...]:

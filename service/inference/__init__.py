@@ -1,0 +1,5 @@
+"""Tasks, by the word that is their route, metric label and command. To add one: write its file and name it here."""
+
+from service.inference import annotate, embed, reconstruct
+
+TASKS = {module.TASK.name: module.TASK for module in (embed, reconstruct, annotate)}

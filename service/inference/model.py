@@ -49,7 +49,9 @@ class Model:
             pieces.append(session.run({"counts": dense})["latent"][:n_cells])
         return np.concatenate(pieces) if pieces else np.zeros((0, self.manifest.n_latent), dtype=np.float32)
 
-    def decode(self, latent: NDArray[np.float32], library_size: NDArray[np.float32], batch: str | None = None) -> NDArray[np.float32]:
+    def decode(
+        self, latent: NDArray[np.float32], library_size: NDArray[np.float32], batch: str | None = None
+    ) -> NDArray[np.float32]:
         """Expected expression.
 
         Args:
@@ -66,7 +68,9 @@ class Model:
         total: NDArray[np.float32] | None = None
         for index in chosen:
             codes = np.full(len(latent), index, dtype=np.int64)
-            expression = self.sessions["decode"].run({"latent": latent, "library": library_size, "batch": codes})["expression"]
+            expression = self.sessions["decode"].run({"latent": latent, "library": library_size, "batch": codes})[
+                "expression"
+            ]
             total = expression if total is None else total + expression
         assert total is not None, "a manifest names at least one batch where it has a decoder"
         return total / np.float32(len(chosen)) if len(chosen) > 1 else total
@@ -95,7 +99,9 @@ def load(artifact: Artifact, runtime: Runtime) -> Model:
             # NaN compares as unequal to everything, so it must not pass as "not larger than".
             difference = float(np.abs(values.astype(np.float64) - golden[key]).max())
             if not difference <= manifest.golden.tolerance[key]:
-                raise GoldenMismatch(model=manifest.id, output=key, difference=difference, tolerance=manifest.golden.tolerance[key])
+                raise GoldenMismatch(
+                    model=manifest.id, output=key, difference=difference, tolerance=manifest.golden.tolerance[key]
+                )
         sessions[str(name)] = session
     return Model(
         manifest=manifest,

@@ -22,7 +22,7 @@ from service.errors import InvalidArtifact, ProviderUnavailable
 Array = NDArray[np.float32] | NDArray[np.int64]
 Provider = Literal["cpu", "cuda"]
 
-SHAPES = (1, 8, 64, 256)
+SHAPES: tuple[int, ...] = (1, 8, 64, 256)
 """Numbers of rows that a graph is run with. 64 to 256 is where CPUs are fastest on graphs of this kind (larger inputs leave the cache)."""
 
 _PROVIDERS: dict[Provider, str] = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
@@ -112,7 +112,7 @@ class Session:
         provider = _PROVIDERS[runtime.provider]
         try:
             self._session = ort.InferenceSession(content, options, providers=[provider])
-        except Exception as error:  # noqa: BLE001 - ONNX Runtime has no base class for its errors
+        except Exception as error:  # ONNX Runtime has no base class for its errors
             raise InvalidArtifact(path=path, problem=f"ONNX Runtime refuses it: {str(error)[:300]}") from None
         if provider not in self._session.get_providers():
             raise ProviderUnavailable(asked=runtime.provider, offered=", ".join(self._session.get_providers()))
@@ -149,7 +149,8 @@ class Session:
         n_cells = len(next(iter(inputs.values())))
         largest = self.shapes[-1]
         pieces = [
-            self._run_piece({name: array[start : start + largest] for name, array in inputs.items()}) for start in range(0, n_cells, largest)
+            self._run_piece({name: array[start : start + largest] for name, array in inputs.items()})
+            for start in range(0, n_cells, largest)
         ]
         if len(pieces) == 1:
             return pieces[0]
@@ -178,7 +179,9 @@ class Session:
         self.shapes = tuple(shape for shape, answer in answers.items() if answer and _same_bits(answer, reference))
         return reference
 
-    def _in_every_place(self, inputs: Mapping[str, Array], n_golden: int, shape: int) -> dict[str, NDArray[np.float32]] | None:
+    def _in_every_place(
+        self, inputs: Mapping[str, Array], n_golden: int, shape: int
+    ) -> dict[str, NDArray[np.float32]] | None:
         """Outputs of the golden cells in runs of `shape` rows; None if two places give a cell other bits."""
         self.shapes = (shape,)
         # One more golden cell than a multiple shifts each cell to another place in the next round.

@@ -1,0 +1,63 @@
+"""One metric and one log line per request, labelled by route template and never by path."""
+
+import logging
+import time
+from collections.abc import Awaitable, Callable
+
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from service import metrics
+
+logger = logging.getLogger("cellserve.access")
+UNMATCHED = "unmatched"
+_TEMPLATE = "cellserve.route"
+_METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
+_QUIET = frozenset({"/livez", "/readyz", "/metrics"})
+
+Endpoint = Callable[[Request], Awaitable[Response]]
+
+
+def route(path: str, endpoint: Endpoint, method: str) -> Route:
+    """A route that tells the middleware its template."""
+
+    async def labelled(request: Request) -> Response:
+        request.scope[_TEMPLATE] = path
+        return await endpoint(request)
+
+    return Route(path, labelled, methods=[method])
+
+
+class Access:
+    """Middleware that measures requests from first byte to last."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one request."""
+        started = time.perf_counter()
+        status = 0  # stays so where the client left before there was one
+
+        async def watched_send(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+            await send(message)
+
+        with metrics.REQUESTS_IN_FLIGHT.track_inprogress():
+            try:
+                await self._app(scope, receive, watched_send)
+            finally:
+                seconds = time.perf_counter() - started
+                template = scope.get(_TEMPLATE, UNMATCHED)
+                method = scope["method"] if scope["method"] in _METHODS else "other"
+                metrics.REQUESTS.labels(template, method, str(status)).inc()
+                metrics.REQUEST_SECONDS.labels(template).observe(seconds)
+                if template not in _QUIET:
+                    logger.info(
+                        "request",
+                        extra={"route": template, "method": method, "status": status, "seconds": round(seconds, 6)},
+                    )

@@ -1,0 +1,27 @@
+"""Liveness, readiness and metrics: answered from the first moment on, while models are still being loaded."""
+
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+
+from service import metrics
+from service.api.state import state
+from service.errors import NotReady
+
+
+async def livez(request: Request) -> Response:  # noqa: ARG001 - an endpoint's signature
+    """200 as long as the process answers."""
+    return JSONResponse({"status": "alive"})
+
+
+async def readyz(request: Request) -> Response:
+    """200 when the default version of every model answers; else 503 with the reason. Both list every version and its state."""
+    app = state(request)
+    reason = "This server is shutting down." if app.is_draining else app.models.problem()
+    if reason is not None:
+        raise NotReady(reason=reason, models=app.models.states())
+    return JSONResponse({"status": "ready", "models": app.models.states()})
+
+
+async def scrape(request: Request) -> Response:  # noqa: ARG001 - an endpoint's signature
+    """All metrics in Prometheus' text format."""
+    return Response(metrics.exposition(), media_type=metrics.CONTENT_TYPE)

@@ -1,0 +1,76 @@
+"""Reading bodies within bounds: of one body, of all bodies at a time, and of time."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+
+from starlette.requests import Request
+
+from service import metrics
+from service.errors import BodyTimeout, BodyTooLarge, EmptyBody, MalformedBody, TooManyBytes, UnsupportedMediaType
+
+
+@dataclass
+class Intake:
+    """What a process takes in. Belongs to one event loop."""
+
+    max_body_bytes: int
+    max_bytes_in_flight: int
+    timeout_seconds: float
+    _n_bytes: int = 0
+
+    @asynccontextmanager
+    async def body(self, request: Request) -> AsyncIterator[bytes]:
+        """The whole body; its bytes count as held until the block is left.
+
+        Raises:
+            UnsupportedMediaType: it has a Content-Encoding.
+            BodyTooLarge: more than `max_body_bytes`, by declaration before anything is read, or by counting.
+            TooManyBytes: all bodies together would exceed `max_bytes_in_flight`.
+            BodyTimeout: it did not arrive in time.
+            EmptyBody: nothing arrived.
+        """
+        encoding = request.headers.get("content-encoding", "identity")
+        if encoding.strip().lower() != "identity":
+            raise UnsupportedMediaType(
+                header="Content-Encoding",
+                found=encoding[:60],
+                accepted="identity (Arrow record batches may be compressed inside the stream)",
+            )
+        declared = request.headers.get("content-length")
+        if declared is not None and not declared.isdecimal():
+            raise MalformedBody(problem=f"Content-Length must be a number, not '{declared[:40]}'.")
+        # A declared body takes its place at once; of an undeclared one each piece does.
+        held = int(declared) if declared is not None else 0
+        if held > self.max_body_bytes:
+            raise BodyTooLarge(limit_bytes=self.max_body_bytes)
+        self._hold(held)
+        try:
+            pieces = bytearray()
+            try:
+                async with asyncio.timeout(self.timeout_seconds):
+                    async for piece in request.stream():
+                        pieces += piece
+                        if len(pieces) > self.max_body_bytes:
+                            raise BodyTooLarge(limit_bytes=self.max_body_bytes)
+                        if len(pieces) > held:
+                            self._hold(len(pieces) - held)
+                            held = len(pieces)
+            except TimeoutError:
+                raise BodyTimeout(n_bytes=len(pieces), limit_seconds=self.timeout_seconds) from None
+            if not pieces:
+                raise EmptyBody
+            yield bytes(pieces)
+        finally:
+            self._release(held)
+
+    def _hold(self, n_bytes: int) -> None:
+        if self._n_bytes + n_bytes > self.max_bytes_in_flight:
+            raise TooManyBytes(n_bytes=n_bytes, limit_bytes=self.max_bytes_in_flight, retry_after_seconds=1)
+        self._n_bytes += n_bytes
+        metrics.BODY_BYTES_IN_FLIGHT.inc(n_bytes)
+
+    def _release(self, n_bytes: int) -> None:
+        self._n_bytes -= n_bytes
+        metrics.BODY_BYTES_IN_FLIGHT.dec(n_bytes)

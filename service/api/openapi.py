@@ -1,0 +1,165 @@
+"""The OpenAPI document, made from the tables TASKS, FORMATS and STATUS."""
+
+from http import HTTPStatus
+from typing import Any
+
+from service.api import problems
+from service.api.tasks import MODEL_OPTION
+from service.cells.formats import FORMATS
+from service.inference import TASKS
+from service.inference.task import Task
+
+VERSION = "1"
+_PROBLEM_REF = {"$ref": "#/components/schemas/Problem"}
+# What a GET can answer besides its content, and a POST besides that.
+_EVERYWHERE = (405, 500)
+_OF_MODELS = (404, 503)
+_OF_TASKS = tuple(sorted(set(problems.STATUS.values()) - {405}))
+
+
+def document() -> dict[str, Any]:
+    """OpenAPI 3.1 of all routes."""
+    paths: dict[str, Any] = {f"/v1/{task.name}": {"post": _operation(task)} for task in TASKS.values()}
+    name = _path_parameter("name", "Name of a model.")
+    version = _path_parameter("version", "Version or alias.")
+    model = _get("A model's manifest and card", "models", _json({"type": "object"}), [name], _OF_MODELS)
+    genes = _get("A model's genes in graph order", "models", _text("text/tab-separated-values"), [name], _OF_MODELS)
+    paths |= {
+        "/v1/models": {
+            "get": _get("All models, versions, aliases and their state", "models", _json({"type": "object"}))
+        },
+        "/v1/models/{name}": {"get": model},
+        "/v1/models/{name}/genes": {"get": genes},
+        "/v1/models/{name}/versions/{version}": {"get": {**model, "parameters": [name, version]}},
+        "/v1/models/{name}/versions/{version}/genes": {"get": {**genes, "parameters": [name, version]}},
+        "/livez": {"get": _get("Whether the process answers", "operation", _json({"type": "object"}))},
+        "/readyz": {
+            "get": _get(
+                "Whether every model answers, and if not, why", "operation", _json({"type": "object"}), (), (503,)
+            )
+        },
+        "/metrics": {"get": _get("Metrics for Prometheus", "operation", _text("text/plain"))},
+        "/docs.json": {"get": _get("This document", "operation", _json({"type": "object"}))},
+    }
+    return {
+        "openapi": "3.1.0",
+        "info": {
+            "title": "cellserve",
+            "version": VERSION,
+            "summary": "Embed, reconstruct and annotate single cells against a reference model.",
+            "description": "Send raw counts. The same cell gets the same bits, alone or among others, whatever the format.",
+            "license": {"name": "Apache-2.0", "identifier": "Apache-2.0"},
+        },
+        "servers": [{"url": "/"}],
+        "paths": paths,
+        "components": {"schemas": {"Problem": _problem_schema()}},
+    }
+
+
+def _operation(task: Task) -> dict[str, Any]:
+    options = task.options.model_json_schema()
+    parameters = [
+        {
+            "name": MODEL_OPTION,
+            "in": "query",
+            "required": False,
+            "description": "`name`, `name@version` or `name@alias`; may be left out where there is one model.",
+            "schema": {"type": "string"},
+        }
+    ]
+    parameters += [
+        {
+            "name": name,
+            "in": "query",
+            "required": name in options.get("required", ()),
+            "description": field.get("description", ""),
+            "schema": {key: value for key, value in field.items() if key not in ("description", "title", "default")},
+        }
+        for name, field in options.get("properties", {}).items()
+    ]
+    bodies = "\n".join(f"- `{form.media_type}`: {form.description}" for form in FORMATS.values())
+    return {
+        "operationId": task.name,
+        "summary": task.summary,
+        "description": f"{task.description}\n\nThe body:\n\n{bodies}",
+        "tags": ["tasks"],
+        "parameters": parameters,
+        "requestBody": {
+            "required": True,
+            "content": {form.media_type: {"schema": form.schema} for form in FORMATS.values()},
+        },
+        "responses": {
+            "200": {
+                "description": "One entry per cell, in the order sent. The head says which model answered (`model`), what became of the "
+                "genes (`genes`) and what the counts looked like (`counts`).",
+                "headers": {
+                    "X-Request-ID": {"schema": {"type": "string"}},
+                    "X-Cellserve-Model": {"schema": {"type": "string"}},
+                    "Server-Timing": {"schema": {"type": "string"}},
+                },
+                "content": {form.media_type: {"schema": _answer_schema(form.media_type)} for form in FORMATS.values()},
+            },
+            **_problems(_OF_TASKS + _EVERYWHERE),
+        },
+    }
+
+
+def _answer_schema(media_type: str) -> dict[str, Any]:
+    if media_type != "application/json":
+        return {"type": "string", "format": "binary"}
+    return {
+        "type": "object",
+        "required": ["model", "task", "request_id", "genes", "counts", "cells"],
+        "properties": {"cells": {"type": "array", "items": {"type": "object"}, "minItems": 1}},
+    }
+
+
+def _get(
+    summary: str,
+    tag: str,
+    content: dict[str, Any],
+    parameters: Any = (),
+    statuses: tuple[int, ...] = (),
+) -> dict[str, Any]:
+    responses = {"200": {"description": summary, "content": content}, **_problems(statuses + _EVERYWHERE)}
+    return {"summary": summary, "tags": [tag], "parameters": list(parameters), "responses": responses}
+
+
+def _problems(statuses: tuple[int, ...]) -> dict[str, Any]:
+    """Responses by status, with the codes that each can carry."""
+    responses = {}
+    for status in sorted(set(statuses)):
+        codes = sorted({error.code for error, number in problems.STATUS.items() if number == status})
+        responses[str(status)] = {
+            "description": f"{HTTPStatus(status).phrase}: {', '.join(codes)}",
+            "content": {problems.MEDIA_TYPE: {"schema": _PROBLEM_REF}},
+        }
+    return responses
+
+
+def _problem_schema() -> dict[str, Any]:
+    return {
+        "type": "object",
+        "description": "RFC 9457. Further members hold the numbers and names that `detail` mentions.",
+        "required": ["type", "title", "status", "detail", "code", "request_id"],
+        "properties": {
+            "type": {"type": "string"},
+            "title": {"type": "string"},
+            "status": {"type": "integer"},
+            "detail": {"type": "string", "description": "What was found, where, and what to do."},
+            "code": {"type": "string", "enum": list(problems.CODES), "description": "Stable; branch on this."},
+            "request_id": {"type": "string"},
+        },
+    }
+
+
+def _path_parameter(name: str, description: str) -> dict[str, Any]:
+    return {"name": name, "in": "path", "required": True, "description": description, "schema": {"type": "string"}}
+
+
+def _json(schema: dict[str, Any]) -> dict[str, Any]:
+    return {"application/json": {"schema": schema}}
+
+
+def _text(media_type: str) -> dict[str, Any]:
+    return {media_type: {"schema": {"type": "string"}}}

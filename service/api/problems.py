@@ -1,0 +1,113 @@
+"""From an error to a status and a problem document (RFC 9457). The only file with status codes of errors."""
+
+import logging
+from typing import Any
+
+import orjson
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from service import errors, metrics
+from service.api import request_id
+
+logger = logging.getLogger("cellserve.api")
+MEDIA_TYPE = "application/problem+json"
+
+STATUS: dict[type[errors.CellserveError], int] = {
+    errors.MalformedBody: 400,
+    errors.EmptyBody: 400,
+    errors.InvalidOption: 400,
+    errors.RouteNotFound: 404,
+    errors.ModelNotFound: 404,
+    errors.TaskNotOffered: 404,
+    errors.MethodNotAllowed: 405,
+    errors.NotAcceptable: 406,
+    errors.BodyTimeout: 408,
+    errors.BodyTooLarge: 413,
+    errors.TooManyCells: 413,
+    errors.UnsupportedMediaType: 415,
+    errors.InvalidCells: 422,
+    errors.NoCells: 422,
+    errors.TooFewGenes: 422,
+    errors.NotRawCounts: 422,
+    errors.QueueFull: 429,
+    errors.TooManyBytes: 429,
+    errors.CellserveError: 500,
+    errors.InvalidArtifact: 500,
+    errors.VersionExists: 500,
+    errors.ProviderUnavailable: 500,
+    errors.GoldenMismatch: 500,
+    errors.ModelNotReady: 503,
+    errors.NotReady: 503,
+    errors.ShuttingDown: 503,
+    errors.RequestTimeout: 504,
+}
+CODES = tuple(sorted(error.code for error in STATUS))
+
+
+def problem(error: errors.CellserveError) -> Response:
+    """The answer for an error: its code, what was found, where, and what to do."""
+    status = STATUS[type(error)]
+    metrics.REFUSED.labels(error.code).inc()
+    document: dict[str, Any] = {
+        "type": f"urn:cellserve:problem:{error.code}",
+        "title": error.title,
+        "status": status,
+        "detail": error.detail,
+        "code": error.code,
+        "request_id": request_id.current.get(),
+        **error.members(),
+    }
+    headers = {}
+    if isinstance(error, errors.QueueFull | errors.TooManyBytes):
+        headers["Retry-After"] = str(error.retry_after_seconds)
+    if isinstance(error, errors.MethodNotAllowed):
+        headers["Allow"] = error.allowed
+    if isinstance(error, errors.BodyTooLarge | errors.BodyTimeout | errors.TooManyBytes | errors.ShuttingDown):
+        headers["Connection"] = "close"  # the rest of the body is not going to be read
+    return Response(orjson.dumps(document, option=orjson.OPT_INDENT_2) + b"\n", status, headers, MEDIA_TYPE)
+
+
+class Problems:
+    """Middleware that turns whatever is raised into a problem; nothing of a stack trace leaves the process."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one request."""
+        has_started = False
+
+        async def watched_send(message: Message) -> None:
+            nonlocal has_started
+            has_started = True
+            await send(message)
+
+        try:
+            await self._app(scope, receive, watched_send)
+        except ClientDisconnect:
+            return
+        except Exception as error:
+            if has_started:
+                # The status is out. Breaking the connection is the one way left to say that the answer is not whole.
+                logger.exception("an answer broke off", extra={"error": str(error)})
+                raise
+            await problem(_known(error))(scope, receive, send)
+
+
+def _known(error: Exception) -> errors.CellserveError:
+    if isinstance(error, errors.CellserveError):
+        return error
+    logger.exception("unexpected error", exc_info=error)
+    return errors.CellserveError()
+
+
+def from_starlette(request: Request, error: Exception) -> Response:
+    """The answer for what Starlette's router raises."""
+    if isinstance(error, HTTPException) and error.status_code == 404:
+        return problem(errors.RouteNotFound())
+    if isinstance(error, HTTPException) and error.status_code == 405:
+        return problem(errors.MethodNotAllowed(method=request.method, allowed=(error.headers or {}).get("Allow", "")))
+    return problem(_known(error))

@@ -1,0 +1,32 @@
+"""What endpoints share: built once in app.py, handed down through the application's state."""
+
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import cast
+
+from starlette.requests import Request
+
+from service.api.limits import Intake
+from service.inference.batcher import Batcher
+from service.inference.models import Models
+
+
+@dataclass
+class State:
+    """The parts of a running service."""
+
+    models: Models
+    batcher: Batcher
+    intake: Intake
+    parsers: ThreadPoolExecutor
+    """Threads that read bodies and align genes; their number bounds the memory that parsing takes."""
+
+    max_cells: int
+    max_decoded_bytes: int
+    timeout_seconds: float
+    is_draining: bool = False
+
+
+def state(request: Request) -> State:
+    """The state of the application that serves the request."""
+    return cast("State", request.app.state.cellserve)

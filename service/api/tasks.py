@@ -1,0 +1,178 @@
+"""POST /v1/<task>: the same steps for every task of TASKS. Bytes → cells → batcher → columns → bytes."""
+
+import asyncio
+import time
+from collections.abc import AsyncIterator
+
+from pydantic import ValidationError
+from starlette.requests import Request
+from starlette.responses import Response, StreamingResponse
+
+from service import metrics
+from service.api import request_id
+from service.api.access import Endpoint
+from service.api.disconnect import cancelled_on_disconnect
+from service.api.negotiation import answer_format, body_format
+from service.api.state import State, state
+from service.cells.columns import Columns, n_cells
+from service.cells.counts import CountsReport, check_raw
+from service.cells.formats.format import Format, Writer
+from service.cells.genes import align
+from service.errors import InvalidOption, RequestTimeout, ShuttingDown, TaskNotOffered, TooManyCells
+from service.inference import TASKS
+from service.inference.batcher import Timing, Work
+from service.inference.model import Model
+from service.inference.task import Options, Task
+
+MODEL_OPTION = "model"
+
+
+def endpoint(task: Task) -> Endpoint:
+    """The endpoint of a task."""
+
+    async def answer(request: Request) -> Response:
+        app = state(request)
+        if app.is_draining:
+            raise ShuttingDown
+        # Everything that can be refused without the body is, before it is read.
+        body_type = body_format(request.headers.get("content-type"))
+        answer_type = answer_format(request.headers.get("accept"), body_type)
+        model = find_model(app, request, task)
+        work = Work(model=model, task=task, options=read_options(request, task, model))
+        async with app.intake.body(request) as body, cancelled_on_disconnect(request):
+            query = await asyncio.get_running_loop().run_in_executor(app.parsers, _Query, app, model, body_type, body)
+            return await _answer(app, work, query, answer_type)
+
+    return answer
+
+
+def find_model(app: State, request: Request, task: Task) -> Model:
+    """The model that the query names, if it offers the task.
+
+    Raises:
+        ModelNotFound, ModelNotReady, TaskNotOffered.
+    """
+    model = app.models.get(request.query_params.get(MODEL_OPTION))
+    if not offers(model, task):
+        offered = ", ".join(other.name for other in TASKS.values() if offers(model, other))
+        raise TaskNotOffered(model=model.id, task=task.name, offered=offered)
+    return model
+
+
+def offers(model: Model, task: Task) -> bool:
+    """Whether a model has all graphs that a task needs."""
+    return set(task.graphs) <= set(model.sessions)
+
+
+def read_options(request: Request, task: Task, model: Model) -> Options:
+    """The task's options from the query.
+
+    Raises:
+        InvalidOption: an option is unknown, occurs twice, or has a value that is not allowed.
+    """
+    items = request.query_params.multi_items()
+    names = [name for name, _ in items]
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise InvalidOption(name=twice[:60], problem="it is given more than once.")
+    try:
+        options = task.options.model_validate({name: value for name, value in items if name != MODEL_OPTION})
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        name = str(first["loc"][0]) if first["loc"] else "?"
+        known = ", ".join((MODEL_OPTION, *task.options.model_fields))
+        reason = f"unknown; {task.name} takes {known}" if first["type"] == "extra_forbidden" else first["msg"]
+        raise InvalidOption(name=name[:60], problem=f"{reason}.") from None
+    options.check(model)
+    return options
+
+
+class _Query:
+    """A request's cells, read, checked and aligned. Made in a parser thread."""
+
+    def __init__(self, app: State, model: Model, body_type: Format, body: bytes) -> None:
+        started = time.perf_counter()
+        cells = body_type.read(body, app.max_decoded_bytes)
+        if len(cells) > app.max_cells:
+            raise TooManyCells(n_cells=len(cells), limit_cells=app.max_cells)
+        parsed = time.perf_counter()
+        positions, self.genes = model.genes.locate(cells.genes)
+        self.counts_report: CountsReport = check_raw(cells)
+        self.counts = align(cells.counts, positions, model.manifest.genes.n_genes)
+        self.cell_ids = cells.cell_ids
+        self.seconds = {"parse": parsed - started, "align": time.perf_counter() - parsed}
+
+
+async def _answer(app: State, work: Work, query: _Query, answer_type: Format) -> Response:
+    """Compute the first chunk, so that what can go wrong has gone wrong before the status is sent; stream the rest."""
+    timing = Timing()
+    chunks = app.batcher.run(work, query.counts, timing)
+    first = await _next(chunks, app.timeout_seconds)
+    is_whole = n_cells(first) == query.counts.shape[0]
+    seconds = {**query.seconds, "queue": timing.queue_seconds, "compute": timing.compute_seconds}
+    headers = {
+        "X-Cellserve-Model": work.model.id,
+        # A streamed answer's times are those until its first chunk.
+        "Server-Timing": ", ".join(f"{stage};dur={1000 * spent:.3f}" for stage, spent in seconds.items()),
+    }
+    pieces = _pieces(app, work, query, answer_type.writer(), timing, first, chunks)
+    if is_whole:
+        content = b"".join([piece async for piece in pieces])
+        return Response(content, headers=headers, media_type=answer_type.media_type)
+    return StreamingResponse(pieces, headers=headers, media_type=answer_type.media_type)
+
+
+async def _pieces(
+    app: State,
+    work: Work,
+    query: _Query,
+    writer: Writer,
+    timing: Timing,
+    first: Columns,
+    chunks: AsyncIterator[Columns],
+) -> AsyncIterator[bytes]:
+    head = {
+        "model": {"name": work.model.manifest.name, "version": work.model.manifest.version},
+        "task": work.task.name,
+        "request_id": request_id.current.get(),
+        "genes": query.genes.as_dict(),
+        "counts": query.counts_report.as_dict(),
+    }
+    serialise_seconds, position, columns = 0.0, 0, first
+    lead = writer.start(head)
+    while True:
+        started = time.perf_counter()
+        stop = position + n_cells(columns)
+        piece = writer.write(columns, query.cell_ids[position:stop] if query.cell_ids is not None else None)
+        position = stop
+        is_last = position == query.counts.shape[0]
+        piece = lead + piece + (writer.end() if is_last else b"")
+        lead = b""
+        serialise_seconds += time.perf_counter() - started
+        if is_last:
+            _measure(work, query, timing, serialise_seconds)
+        yield piece
+        if is_last:
+            return
+        columns = await _next(chunks, app.timeout_seconds)
+
+
+async def _next(chunks: AsyncIterator[Columns], limit_seconds: float) -> Columns:
+    try:
+        async with asyncio.timeout(limit_seconds):
+            return await anext(chunks)
+    except TimeoutError:
+        raise RequestTimeout(limit_seconds=limit_seconds) from None
+
+
+def _measure(work: Work, query: _Query, timing: Timing, serialise_seconds: float) -> None:
+    spent = {
+        **query.seconds,
+        "queue": timing.queue_seconds,
+        "compute": timing.compute_seconds,
+        "serialise": serialise_seconds,
+    }
+    for stage, seconds in spent.items():
+        metrics.STAGE_SECONDS.labels(work.task.name, stage).observe(seconds)
+    metrics.CELLS.labels(work.model.manifest.name, work.model.manifest.version, work.task.name).inc(
+        query.counts.shape[0]
+    )

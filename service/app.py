@@ -1,0 +1,95 @@
+"""The BentoML service: reads settings, builds store → sessions → batcher → tasks → API, and drains. The only importer of bentoml.
+
+BentoML supervises processes, builds and containerises. HTTP goes straight to our own application, past BentoML's middleware: that one
+answers errors in two other forms, labels metrics by raw path, hangs probes while a model loads, and frees a slot on a timeout while its
+work runs on (see docs/architecture.md).
+"""
+
+import asyncio
+import os
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+# Before bentoml is imported: it phones home unless this says exactly "true".
+os.environ.setdefault("BENTOML_DO_NOT_TRACK", "true")
+
+import bentoml
+from _bentoml_sdk import Service
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from service.api import logs, openapi
+from service.api.limits import Intake
+from service.api.routes import build_api
+from service.api.state import State
+from service.contract.store import Store
+from service.inference.batcher import Batcher
+from service.inference.models import Models
+from service.inference.session import choose_runtime
+from service.settings import read_settings
+
+N_PARSERS = 2
+"""Threads that parse: one may wait for the interpreter's lock while the other is in numpy or Arrow."""
+
+
+class DirectService(Service[Any]):
+    """A BentoML service whose requests are answered by our own application; BentoML keeps its life cycle."""
+
+    def to_asgi(self, is_main: bool = True) -> ASGIApp:
+        """The application that a worker runs."""
+        lifecycle = super().to_asgi(is_main=is_main)
+
+        async def app(scope: Scope, receive: Receive, send: Send) -> None:
+            if scope["type"] == "http":
+                await bentoml.get_current_service().api(scope, receive, send)  # type: ignore[attr-defined]
+            else:
+                await lifecycle(scope, receive, send)
+
+        return app
+
+    @property
+    def openapi_spec(self) -> Any:
+        """What `bentoml build` writes to apis/openapi.yaml."""
+        return openapi.document()
+
+
+@bentoml.service(
+    name="cellserve",
+    description="Embed, reconstruct and annotate single cells against a reference model, without torch.",
+    service_class=DirectService,
+    # One worker holds one copy of each model and one queue: what arrives together runs together.
+    workers=1,
+    metrics={"enabled": False},
+    logging={"access": {"enabled": False}},
+)
+class CellServe:
+    """One worker's service. Models load in the background, so that probes are answered from the start."""
+
+    def __init__(self) -> None:
+        settings = read_settings()
+        logs.configure(settings.log_level)
+        runtime = choose_runtime(settings.provider, settings.threads, settings.allow_provider_fallback)
+        self._drain_seconds = settings.drain_seconds
+        self._parsers = ThreadPoolExecutor(N_PARSERS, thread_name_prefix="cellserve-parse")
+        self.state = State(
+            models=Models(store=Store(settings.store), runtime=runtime),
+            batcher=Batcher(batch_rows=settings.batch_rows, max_queue_rows=settings.max_queue_rows),
+            intake=Intake(settings.max_body_bytes, settings.max_body_bytes_in_flight, settings.body_timeout_seconds),
+            parsers=self._parsers,
+            max_cells=settings.max_cells,
+            max_decoded_bytes=settings.max_decoded_bytes,
+            timeout_seconds=settings.timeout_seconds,
+        )
+        self.api = build_api(self.state)
+
+    @bentoml.on_startup
+    async def start(self) -> None:
+        """Take work, and load models meanwhile."""
+        self.state.batcher.start()
+        self.state.models.start()
+
+    @bentoml.on_shutdown
+    async def stop(self) -> None:
+        """End the queue. uvicorn has let requests in flight complete before it calls this."""
+        self.state.is_draining = True
+        await self.state.batcher.stop()
+        await asyncio.to_thread(self._parsers.shutdown)

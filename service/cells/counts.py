@@ -1,0 +1,132 @@
+"""Raw counts: what a request holds before alignment, and the check that they are counts at all."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import scipy.sparse as sp
+from numpy.typing import NDArray
+
+from service.errors import NotRawCounts
+
+MAX_EXACT = 2**24
+"""Largest count up to which float32 holds every integer."""
+
+# A cell that a droplet or a well really yields has hundreds of counts and most of its genes at 1; ln(1 + x) rounded to integers does not.
+LOG_LIKE_MAXIMUM = 13
+READ_LIKE_MEDIAN = 200_000
+
+
+@dataclass(frozen=True)
+class Cells:
+    """The cells of one request, as sent."""
+
+    genes: tuple[str, ...]
+    """Names of the columns of `counts`, as sent."""
+
+    counts: sp.csr_matrix
+    """Shape (n_cells, len(genes)), any numeric dtype; a gene may occur twice within a cell."""
+
+    cell_ids: tuple[str, ...] | None = None
+
+    def __len__(self) -> int:
+        return int(self.counts.shape[0])
+
+
+@dataclass(frozen=True)
+class CountsReport:
+    """What the values looked like. Travels in every answer."""
+
+    n_cells: int
+    n_empty: int
+    """Cells without a single count among all genes that were sent."""
+
+    warnings: tuple[str, ...]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return {"n_cells": self.n_cells, "n_empty": self.n_empty, "warnings": list(self.warnings)}
+
+
+def check_raw(cells: Cells) -> CountsReport:
+    """Look at every value and refuse what is no raw count.
+
+    Returns:
+        The number of empty cells, and warnings about values that are possible but suspicious.
+
+    Raises:
+        NotRawCounts: a value is NaN, infinite, negative, fractional or above 2**24, with the first such cell and gene and what it looks like.
+    """
+    values = cells.counts.data
+    kind = values.dtype.kind
+    if kind == "f":
+        finite = np.isfinite(values)
+        if not finite.all():
+            raise _refusal(
+                cells,
+                ~finite,
+                "not finite",
+                "NaN and infinity are no counts: a step before this one divided by zero or overflowed.",
+            )
+    if kind in "fi" and len(values) and values.min() < 0:
+        raise _refusal(cells, values < 0, "negative", "The values look scaled or centred. Send raw counts.")
+    if kind == "f":
+        fractional = values != np.rint(values)
+        if fractional.any():
+            raise _refusal(cells, fractional, "fractional", _normalisation(values))
+    if len(values) and values.max() > MAX_EXACT:
+        raise _refusal(
+            cells,
+            values > MAX_EXACT,
+            f"over {MAX_EXACT:,}",
+            "No cell yields that many counts of one gene; beyond it they are not exact.",
+        )
+    library_size = np.asarray(cells.counts.sum(axis=1, dtype=np.float64)).ravel()
+    filled = library_size[library_size > 0]
+    return CountsReport(n_cells=len(cells), n_empty=len(library_size) - len(filled), warnings=_warnings(values, filled))
+
+
+def _warnings(values: NDArray[Any], filled: NDArray[np.float64]) -> tuple[str, ...]:
+    """Suspicions that are no proof; `filled` is the library size of the cells that have counts."""
+    if not len(filled):
+        return ()
+    warnings = []
+    nonzero = values[values > 0]
+    # Counts of a droplet are mostly ones and have a long tail; rounded logarithms have neither.
+    if len(nonzero) > 1000 and nonzero.max() <= LOG_LIKE_MAXIMUM and (nonzero == 1).mean() < 0.5:
+        warnings.append(
+            f"All values are integers, but none is above {int(nonzero.max())} and only {(nonzero == 1).mean():.0%} are 1: these may be "
+            "rounded log values. Send raw counts."
+        )
+    if np.median(filled) > READ_LIKE_MEDIAN:
+        warnings.append(
+            f"The median cell has {np.median(filled):,.0f} counts: these look like reads, not unique molecules. The model was trained on "
+            "molecules (UMI); read counts are answered, with less certainty than stated."
+        )
+    return tuple(warnings)
+
+
+def _normalisation(values: NDArray[Any]) -> str:
+    """What fractional values look like, and what to do."""
+    advice = "Send raw counts: layers['counts'] or adata.raw.X where they were kept."
+    if values.max() < 20:
+        return f"The values end at {values.max():.3g}: they look log-normalised. {advice}"
+    return (
+        f"The values look normalised (counts per ten thousand or million, TPM) or corrected for ambient RNA. {advice}"
+    )
+
+
+def _refusal(cells: Cells, is_wrong: NDArray[np.bool_], kind: str, hint: str) -> NotRawCounts:
+    """The error for the first wrong value, with the number of wrong values in its cell."""
+    first = int(np.argmax(is_wrong))
+    row = int(np.searchsorted(cells.counts.indptr, first, side="right")) - 1
+    in_row = slice(cells.counts.indptr[row], cells.counts.indptr[row + 1])
+    name = f" ('{cells.cell_ids[row][:40]}')" if cells.cell_ids else ""
+    return NotRawCounts(
+        cell=f"Cell {row}{name}",
+        kind=kind,
+        n_values=int(is_wrong[in_row].sum()),
+        value=f"{cells.counts.data[first]:.6g}",
+        gene=cells.genes[cells.counts.indices[first]][:60],
+        hint=hint,
+    )

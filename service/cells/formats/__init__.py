@@ -1,0 +1,5 @@
+"""Wire formats by media type. To add one: write its file and name it here."""
+
+from service.cells.formats import arrow, json
+
+FORMATS = {module.FORMAT.media_type: module.FORMAT for module in (json, arrow)}

@@ -1,0 +1,183 @@
+"""application/vnd.apache.arrow.stream: Arrow's list layout is CSR, so counts are read where they lie."""
+
+import io
+import json
+import struct
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import scipy.sparse as sp
+
+from service.cells.columns import Columns, Labels, Vectors
+from service.cells.counts import Cells
+from service.cells.formats.arrow_limits import check_decoded_size
+from service.cells.formats.format import Format, check_names
+from service.contract import strict_json
+from service.errors import InvalidCells, MalformedBody, NoCells
+
+END_OF_STREAM = b"\xff\xff\xff\xff\x00\x00\x00\x00"
+GENE_TYPES = (pa.int32(), pa.int64(), pa.uint16(), pa.uint32())
+COUNT_TYPES = (pa.uint8(), pa.uint16(), pa.uint32(), pa.int32(), pa.int64(), pa.float32(), pa.float64())
+COLUMNS = ("gene", "count", "cell_id", "batch")
+GENES_KEY = b"genes"
+
+
+def read(body: bytes, max_decoded_bytes: int) -> Cells:
+    """Cells of an Arrow IPC stream.
+
+    Raises:
+        MalformedBody: not an Arrow stream, damaged, or cut off (a stream ends with its end-of-stream marker).
+        InvalidCells: Arrow, but not the documented columns; names column, type or cell.
+        NoCells: no row in any batch.
+        BodyTooLarge: it would decompress to more than `max_decoded_bytes`.
+    """
+    try:
+        check_decoded_size(body, max_decoded_bytes)
+        with pa.ipc.open_stream(body) as reader:
+            schema = reader.schema
+            genes = _genes(schema)
+            _check_types(schema)
+            batches = list(reader)
+        for batch in batches:
+            batch.validate(full=True)
+    except (pa.ArrowException, struct.error, OSError, EOFError) as error:
+        raise MalformedBody(problem=f"The body is not a whole Arrow IPC stream: {str(error)[:200]}.") from None
+    n_cells = sum(batch.num_rows for batch in batches)
+    # Readers take the end of the bytes for the end of the stream; a connection that broke between two batches must not look whole.
+    if not body.endswith(END_OF_STREAM):
+        raise MalformedBody(
+            problem=f"The Arrow stream is cut off: {n_cells:,} cells arrived whole, but not its end-of-stream marker."
+        )
+    if not n_cells:
+        raise NoCells
+    cell_ids = _cell_ids(batches) if "cell_id" in schema.names else None
+    return Cells(genes=genes, counts=_counts(batches, len(genes)), cell_ids=cell_ids)
+
+
+def _genes(schema: pa.Schema) -> tuple[str, ...]:
+    encoded = (schema.metadata or {}).get(GENES_KEY)
+    if encoded is None:
+        raise InvalidCells(problem="The schema's metadata lack 'genes': a JSON list of the names that `gene` indexes.")
+    try:
+        return check_names(strict_json.loads(encoded), "genes")
+    except ValueError as error:
+        raise InvalidCells(problem=f"'genes' in the schema's metadata is not a JSON list: {error}.") from None
+
+
+def _check_types(schema: pa.Schema) -> None:
+    if unknown := sorted(set(schema.names) - set(COLUMNS)):
+        raise InvalidCells(problem=f"Unknown column {unknown[0][:60]!r}. The columns are: {', '.join(COLUMNS)}.")
+    if len(set(schema.names)) != len(schema.names):
+        raise InvalidCells(problem="A column occurs twice.")
+    for name, allowed in (("gene", GENE_TYPES), ("count", COUNT_TYPES)):
+        wanted = f"list<{'|'.join(map(str, allowed))}>"
+        if name not in schema.names:
+            raise InvalidCells(problem=f"Column '{name}' is missing; it must be of type {wanted}.")
+        found = schema.field(name).type
+        if not pa.types.is_list(found) or found.value_type not in allowed:
+            raise InvalidCells(problem=f"Column '{name}' must be of type {wanted}, not {found}.")
+
+
+def _counts(batches: list[pa.RecordBatch], n_genes: int) -> sp.csr_matrix:
+    indices, values, lengths = [], [], []
+    n_before = 0
+    for batch in batches:
+        genes, counts = batch.column("gene"), batch.column("count")
+        offsets = {name: column.offsets.to_numpy() for name, column in (("gene", genes), ("count", counts))}
+        sizes = np.diff(offsets["gene"])
+        if genes.null_count or counts.null_count:
+            raise InvalidCells(problem=f"A cell of rows {n_before}-{n_before + batch.num_rows - 1} is null.")
+        if (unlike := np.flatnonzero(sizes != np.diff(offsets["count"]))).size:
+            raise InvalidCells(problem=f"Cell {n_before + unlike[0]} has another number of genes than of counts.")
+        inner = {
+            name: column.values[offsets[name][0] : offsets[name][-1]]
+            for name, column in (("gene", genes), ("count", counts))
+        }
+        if inner["gene"].null_count or inner["count"].null_count:
+            raise InvalidCells(problem=f"A gene or count in rows {n_before}-{n_before + batch.num_rows - 1} is null.")
+        index = inner["gene"].to_numpy()
+        outside = (index < 0) | (index >= n_genes)
+        if outside.any():
+            first = int(np.argmax(outside))
+            cell = n_before + int(np.searchsorted(offsets["gene"] - offsets["gene"][0], first, side="right")) - 1
+            raise InvalidCells(problem=f"Cell {cell} has gene index {index[first]}, but 'genes' has {n_genes:,} names.")
+        indices.append(index)
+        values.append(inner["count"].to_numpy())
+        lengths.append(sizes)
+        n_before += batch.num_rows
+    indptr = np.concatenate(([0], np.cumsum(np.concatenate(lengths))))
+    return sp.csr_matrix((_joined(values), _joined(indices), indptr), shape=(n_before, n_genes))
+
+
+def _joined(arrays: list[np.ndarray[Any, Any]]) -> np.ndarray[Any, Any]:
+    return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
+
+
+def _cell_ids(batches: list[pa.RecordBatch]) -> tuple[str, ...]:
+    column = pa.chunked_array([batch.column("cell_id") for batch in batches])
+    if not (pa.types.is_string(column.type) or pa.types.is_large_string(column.type)) or column.null_count:
+        raise InvalidCells(problem=f"Column 'cell_id' must be of type string without nulls, not {column.type}.")
+    return tuple(column.to_pylist())
+
+
+class ArrowWriter:
+    """Writes an Arrow IPC stream, one record batch per call; the schema's metadata hold the head under "cellserve"."""
+
+    def __init__(self) -> None:
+        self._head = b""
+        self._sink = io.BytesIO()
+        self._writer: pa.RecordBatchWriter | None = None
+
+    def start(self, head: dict[str, Any]) -> bytes:
+        """Nothing yet: the schema is known with the first cells."""
+        self._head = json.dumps(head).encode()
+        return b""
+
+    def write(self, columns: Columns, cell_ids: Sequence[str] | None) -> bytes:
+        """A record batch, after the schema where it is the first."""
+        arrays = [] if cell_ids is None else [pa.array(cell_ids, pa.string())]
+        fields = [] if cell_ids is None else [pa.field("cell_id", pa.string(), nullable=False)]
+        for name, column in columns.items():
+            metadata = None
+            if isinstance(column, Labels):
+                array = pa.DictionaryArray.from_arrays(pa.array(column.codes), pa.array(column.words, pa.string()))
+            elif isinstance(column, Vectors):
+                width = column.values.shape[1]
+                array = pa.FixedSizeListArray.from_arrays(
+                    pa.array(np.ascontiguousarray(column.values).reshape(-1)), width
+                )
+                metadata = {"names": json.dumps(column.names)} if column.names is not None else None
+            else:
+                array = pa.array(column.values)
+            arrays.append(array)
+            fields.append(pa.field(name, array.type, nullable=False, metadata=metadata))
+        schema = pa.schema(fields, metadata={"cellserve": self._head})
+        if self._writer is None:
+            self._writer = pa.ipc.new_stream(self._sink, schema)
+        self._writer.write_batch(pa.record_batch(arrays, schema=schema))
+        return self._drained()
+
+    def end(self) -> bytes:
+        """The end-of-stream marker; without it the stream is cut off."""
+        assert self._writer is not None, "an answer has at least one cell"
+        self._writer.close()
+        return self._drained()
+
+    def _drained(self) -> bytes:
+        content = self._sink.getvalue()
+        self._sink.seek(0)
+        self._sink.truncate()
+        return content
+
+
+FORMAT = Format(
+    media_type="application/vnd.apache.arrow.stream",
+    read=read,
+    writer=ArrowWriter,
+    description="An Arrow IPC stream. One row per cell: `gene` (list of indices into the JSON list `genes` of the schema's metadata), "
+    "`count` (list of the same length), optionally `cell_id` (string) and `batch` (ignored by models whose encoder needs no batch, which "
+    "are all of schema_version 1). Record batches may be compressed (lz4, zstd). The answer streams back batch by batch.",
+    schema={"type": "string", "format": "binary"},
+)

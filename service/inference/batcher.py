@@ -1,0 +1,241 @@
+"""Runs together what arrives together: requests of one model, task and options share chunks of a bounded number of rows.
+
+Greedy: as soon as the runtime is free, what waits is taken, so an idle server adds no wait. Requests take turns: one that does not fit
+into a chunk goes to the back of its lane with what is left of it, and lanes take turns as well.
+"""
+
+import asyncio
+import contextlib
+import math
+import time
+from collections import OrderedDict, deque
+from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+
+import scipy.sparse as sp
+
+from service import metrics
+from service.cells.columns import Columns, concatenate, n_cells, take
+from service.errors import QueueFull, ShuttingDown
+from service.inference.model import Model
+from service.inference.task import Options, Task
+
+MAX_WAITING_CHUNKS = 4
+"""Chunks of an answer that may wait for a slow client before the request gives up its turn: the bound on an answer's memory."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """What requests must have in common to run together."""
+
+    model: Model
+    task: Task
+    options: Options
+
+    @property
+    def lane(self) -> tuple[str, str, Options]:
+        """Key of the lane."""
+        return self.model.id, self.task.name, self.options
+
+
+@dataclass(eq=False)
+class Ticket:
+    """One request in the queue."""
+
+    work: Work
+    counts: sp.csr_matrix
+    admitted: float
+    n_taken: int = 0
+    """Rows that have been given to the runtime."""
+
+    is_in_lane: bool = False
+    """False while it is paused because its client does not read."""
+
+    results: deque[Columns | BaseException] = field(default_factory=deque)
+    has_result: asyncio.Event = field(default_factory=asyncio.Event)
+    wait_seconds: float = 0.0
+    compute_seconds: float = 0.0
+
+    @property
+    def n_left(self) -> int:
+        """Rows that still have to run."""
+        return int(self.counts.shape[0]) - self.n_taken
+
+
+@dataclass
+class Timing:
+    """Where a request's time went; filled while its answer is made."""
+
+    queue_seconds: float = 0.0
+    compute_seconds: float = 0.0
+
+
+class Batcher:
+    """The queue and the one thread that runs graphs. Belongs to one event loop; every method is called from it."""
+
+    def __init__(self, *, batch_rows: int, max_queue_rows: int) -> None:
+        """Make an idle batcher; `start` runs it.
+
+        Args:
+            batch_rows: rows that run together at most.
+            max_queue_rows: rows that may wait. Beyond it requests are refused.
+        """
+        self._batch_rows = batch_rows
+        self._max_queue_rows = max_queue_rows
+        self._lanes: OrderedDict[tuple[str, str, Options], deque[Ticket]] = OrderedDict()
+        self._tickets: set[Ticket] = set()
+        self._n_queued = 0
+        self._wake = asyncio.Event()
+        self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="cellserve-compute")
+        self._task: asyncio.Task[None] | None = None
+        self._rows_per_second = 0.0
+        self._is_stopping = False
+
+    def start(self) -> None:
+        """Begin to take work."""
+        self._task = asyncio.create_task(self._run(), name="cellserve-batcher")
+
+    async def stop(self) -> None:
+        """Refuse what waits and end. What runs at this moment completes."""
+        self._is_stopping = True
+        for ticket in self._tickets:
+            _deliver(ticket, ShuttingDown())
+        self._lanes.clear()
+        if self._task is not None:
+            self._task.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._task
+        self._executor.shutdown(wait=True)
+
+    async def run(self, work: Work, counts: sp.csr_matrix, timing: Timing | None = None) -> AsyncIterator[Columns]:
+        """Queue cells and give their answer chunk by chunk, in order. Leaving the iteration takes the rest out of the queue.
+
+        Args:
+            work: model, task and options.
+            counts: aligned to the model's genes, at least one row.
+            timing: filled with where the time went.
+
+        Raises:
+            QueueFull: more rows would wait than are allowed. Nothing was queued.
+            ShuttingDown: the batcher stops.
+        """
+        n_rows = int(counts.shape[0])
+        if self._is_stopping:
+            raise ShuttingDown
+        if self._n_queued + n_rows > self._max_queue_rows:
+            raise QueueFull(
+                n_queued=self._n_queued,
+                n_cells=n_rows,
+                limit_rows=self._max_queue_rows,
+                retry_after_seconds=self.retry_after_seconds(),
+            )
+        ticket = Ticket(work=work, counts=counts, admitted=time.monotonic())
+        self._change_queue(n_rows)
+        self._tickets.add(ticket)
+        self._enqueue(ticket)
+        n_given = 0
+        try:
+            while n_given < n_rows:
+                if not ticket.results:
+                    ticket.has_result.clear()
+                    await ticket.has_result.wait()
+                result = ticket.results.popleft()
+                if ticket.n_left and not ticket.is_in_lane:
+                    self._enqueue(ticket)
+                if isinstance(result, BaseException):
+                    raise result
+                n_given += n_cells(result)
+                if timing is not None:
+                    timing.queue_seconds, timing.compute_seconds = ticket.wait_seconds, ticket.compute_seconds
+                yield result
+        finally:
+            self._tickets.discard(ticket)
+            self._change_queue(-ticket.n_left)
+            ticket.n_taken = n_rows
+            if n_given < n_rows:
+                metrics.CANCELLED.inc()
+
+    def retry_after_seconds(self) -> int:
+        """Seconds after which what waits now should have run, at the speed that was measured; at least 1, at most 60."""
+        return min(60, max(1, math.ceil(self._n_queued / self._rows_per_second))) if self._rows_per_second else 1
+
+    def _enqueue(self, ticket: Ticket) -> None:
+        ticket.is_in_lane = True
+        self._lanes.setdefault(ticket.work.lane, deque()).append(ticket)
+        self._wake.set()
+
+    def _change_queue(self, n_rows: int) -> None:
+        self._n_queued += n_rows
+        metrics.QUEUE_ROWS.inc(n_rows)
+
+    async def _run(self) -> None:
+        loop = asyncio.get_running_loop()
+        while True:
+            pieces = self._next_pieces()
+            if not pieces:
+                self._wake.clear()
+                await self._wake.wait()
+                continue
+            started = time.monotonic()
+            try:
+                columns = await loop.run_in_executor(self._executor, _compute, pieces)
+            except Exception as error:
+                for ticket, _, _ in pieces:
+                    # It will not run again: the request ends with this error, and its rows leave the queue with it.
+                    _deliver(ticket, error)
+                continue
+            seconds = time.monotonic() - started
+            n_rows = sum(stop - start for _, start, stop in pieces)
+            self._rows_per_second = 0.8 * (self._rows_per_second or n_rows / seconds) + 0.2 * n_rows / seconds
+            metrics.BATCH_ROWS.labels(pieces[0][0].work.task.name).observe(n_rows)
+            position = 0
+            for ticket, start, stop in pieces:
+                ticket.compute_seconds += seconds
+                _deliver(ticket, take(columns, position, position + stop - start))
+                position += stop - start
+
+    def _next_pieces(self) -> list[tuple[Ticket, int, int]]:
+        """The next chunk: (ticket, first row, last row + 1), all of one lane. Empty when nothing waits."""
+        pieces: list[tuple[Ticket, int, int]] = []
+        while self._lanes and not pieces:
+            key, lane = self._lanes.popitem(last=False)
+            n_free = self._batch_rows
+            unfinished = []
+            while lane and n_free:
+                ticket = lane.popleft()
+                n_rows = min(n_free, ticket.n_left)
+                if not n_rows:  # its client left
+                    continue
+                if not ticket.n_taken:
+                    ticket.wait_seconds = time.monotonic() - ticket.admitted
+                    metrics.QUEUE_WAIT_SECONDS.observe(ticket.wait_seconds)
+                pieces.append((ticket, ticket.n_taken, ticket.n_taken + n_rows))
+                ticket.n_taken += n_rows
+                self._change_queue(-n_rows)
+                n_free -= n_rows
+                # A ticket whose client does not read waits outside of the lane; `run` brings it back.
+                ticket.is_in_lane = ticket.n_left > 0 and len(ticket.results) + 1 < MAX_WAITING_CHUNKS
+                if ticket.is_in_lane:
+                    unfinished.append(ticket)
+            lane.extend(unfinished)
+            if lane:
+                self._lanes[key] = lane
+        return pieces
+
+
+def _compute(pieces: list[tuple[Ticket, int, int]]) -> Columns:
+    """Run one chunk; in the compute thread."""
+    work = pieces[0][0].work
+    counts = [ticket.counts[start:stop] for ticket, start, stop in pieces]
+    return work.task.run(work.model, counts[0] if len(counts) == 1 else sp.vstack(counts, format="csr"), work.options)
+
+
+def _deliver(ticket: Ticket, result: Columns | BaseException) -> None:
+    ticket.results.append(result)
+    ticket.has_result.set()
+
+
+async def run_whole(batcher: Batcher, work: Work, counts: sp.csr_matrix) -> Columns:
+    """The answer in one piece."""
+    return concatenate([columns async for columns in batcher.run(work, counts)])

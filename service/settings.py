@@ -1,0 +1,93 @@
+"""Settings of the service: environment variables CELLSERVE_*. Read in app.py and cli.py only; below, plain arguments."""
+
+import os
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field, ValidationError, model_validator
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+PREFIX = "CELLSERVE_"
+# Variables of the same prefix that other programs of this project read.
+OTHERS = frozenset({"CELLSERVE_DATA", "CELLSERVE_URL", "CELLSERVE_TEST_SERVER_PYTHON"})
+
+
+class SettingsError(Exception):
+    """A CELLSERVE_* variable is unknown, or its value is not allowed."""
+
+
+class Settings(BaseSettings):
+    """One field per variable; the unit, the default and the consequence stand in its description."""
+
+    model_config = SettingsConfigDict(env_prefix=PREFIX, extra="forbid", frozen=True)
+
+    store: Path = Field(Path("models_store"), description="Directory of models; see docs/artifact.md.")
+    provider: Literal["cpu", "cuda"] = Field("cpu", description="ONNX Runtime execution provider that graphs run on.")
+    allow_provider_fallback: bool = Field(
+        False, description="Run on the CPU where the provider is not there. Otherwise the service does not start."
+    )
+    threads: int | None = Field(
+        None,
+        ge=1,
+        le=1024,
+        description="Threads per graph. By default the CPUs that the process may use (affinity and control group).",
+    )
+    batch_rows: int = Field(
+        256, ge=1, le=4096, description="Cells that run together at most. Larger requests are split into such chunks."
+    )
+    max_queue_rows: int = Field(
+        262_144, ge=1, description="Cells held in the queue. Beyond it requests get 429 with Retry-After."
+    )
+    max_cells: int = Field(131_072, ge=1, description="Cells in one request. Beyond it a request gets 413.")
+    max_body_bytes: int = Field(
+        256 * 2**20, ge=1024, description="Bytes of one body. Beyond it a request gets 413, before it is read whole."
+    )
+    max_decoded_bytes: int = Field(
+        2**30, ge=1024, description="Bytes that a compressed Arrow body may decompress to. Beyond it: 413."
+    )
+    max_body_bytes_in_flight: int = Field(
+        2**30,
+        ge=1024,
+        description="Bytes of all bodies that are held at a time. Beyond it requests get 429 with Retry-After.",
+    )
+    body_timeout_seconds: float = Field(
+        60, gt=0, description="Seconds within which a body must have arrived. Beyond it: 408."
+    )
+    timeout_seconds: float = Field(
+        60, gt=0, description="Seconds that a chunk of an answer may take, its wait included. Beyond it: 504."
+    )
+    drain_seconds: float = Field(30, gt=0, description="Seconds that a stopping server gives requests in flight.")
+    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field(
+        "INFO", description="Least level of log lines, JSON on standard error."
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> "Settings":
+        if self.max_cells > self.max_queue_rows:
+            raise ValueError(
+                f"max_cells ({self.max_cells}) is above max_queue_rows ({self.max_queue_rows}): such a request could never run"
+            )
+        if self.max_body_bytes > self.max_body_bytes_in_flight:
+            raise ValueError(
+                f"max_body_bytes ({self.max_body_bytes}) is above max_body_bytes_in_flight ({self.max_body_bytes_in_flight}): "
+                "such a body could never be read"
+            )
+        return self
+
+
+def read_settings() -> Settings:
+    """Settings from the environment.
+
+    Raises:
+        SettingsError: names the variable, what it holds and what is allowed.
+    """
+    known = {f"{PREFIX}{name.upper()}" for name in Settings.model_fields}
+    if unknown := sorted(name for name in os.environ if name.startswith(PREFIX) and name not in known | OTHERS):
+        raise SettingsError(f"{unknown[0]} is no setting. The settings are: {', '.join(sorted(known))}.")
+    try:
+        return Settings()
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        name = PREFIX + str(first["loc"][0]).upper() if first["loc"] else "The settings"
+        value = f" is {first['input']!r}" if first["loc"] else ""
+        raise SettingsError(f"{name}{value}: {first['msg']}.") from None
