@@ -40,7 +40,7 @@ class DirectService(Service[Any]):
 
         async def app(scope: Scope, receive: Receive, send: Send) -> None:
             if scope["type"] == "http":
-                await bentoml.get_current_service().api(scope, receive, send)  # type: ignore[attr-defined]
+                await bentoml.get_current_service().api(scope, receive, send)
             else:
                 await lifecycle(scope, receive, send)
 

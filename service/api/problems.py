@@ -58,7 +58,8 @@ def problem(error: errors.CellserveError) -> Response:
         "detail": error.detail,
         "code": error.code,
         "request_id": request_id.current.get(),
-        **error.members(),
+        # A member that is the whole sentence would only say it twice.
+        **{name: value for name, value in error.members().items() if value != error.detail},
     }
     headers = {}
     if isinstance(error, errors.QueueFull | errors.TooManyBytes):

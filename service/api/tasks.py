@@ -15,13 +15,12 @@ from service.api.disconnect import cancelled_on_disconnect
 from service.api.negotiation import answer_format, body_format
 from service.api.state import State, state
 from service.cells.columns import Columns, n_cells
-from service.cells.counts import CountsReport, check_raw
 from service.cells.formats.format import Format, Writer
-from service.cells.genes import align
 from service.errors import InvalidOption, RequestTimeout, ShuttingDown, TaskNotOffered, TooManyCells
 from service.inference import TASKS
 from service.inference.batcher import Timing, Work
 from service.inference.model import Model
+from service.inference.query import Query, prepare
 from service.inference.task import Options, Task
 
 MODEL_OPTION = "model"
@@ -40,8 +39,9 @@ def endpoint(task: Task) -> Endpoint:
         model = find_model(app, request, task)
         work = Work(model=model, task=task, options=read_options(request, task, model))
         async with app.intake.body(request) as body, cancelled_on_disconnect(request):
-            query = await asyncio.get_running_loop().run_in_executor(app.parsers, _Query, app, model, body_type, body)
-            return await _answer(app, work, query, answer_type)
+            loop = asyncio.get_running_loop()
+            query, seconds = await loop.run_in_executor(app.parsers, _read, app, model, body_type, body)
+            return await _answer(app, work, query, seconds, answer_type)
 
     return answer
 
@@ -86,35 +86,30 @@ def read_options(request: Request, task: Task, model: Model) -> Options:
     return options
 
 
-class _Query:
-    """A request's cells, read, checked and aligned. Made in a parser thread."""
-
-    def __init__(self, app: State, model: Model, body_type: Format, body: bytes) -> None:
-        started = time.perf_counter()
-        cells = body_type.read(body, app.max_decoded_bytes)
-        if len(cells) > app.max_cells:
-            raise TooManyCells(n_cells=len(cells), limit_cells=app.max_cells)
-        parsed = time.perf_counter()
-        positions, self.genes = model.genes.locate(cells.genes)
-        self.counts_report: CountsReport = check_raw(cells)
-        self.counts = align(cells.counts, positions, model.manifest.genes.n_genes)
-        self.cell_ids = cells.cell_ids
-        self.seconds = {"parse": parsed - started, "align": time.perf_counter() - parsed}
+def _read(app: State, model: Model, body_type: Format, body: bytes) -> tuple[Query, dict[str, float]]:
+    """A request's cells, ready for the model, and the seconds that each stage took. Runs in a parser thread."""
+    started = time.perf_counter()
+    cells = body_type.read(body, app.max_decoded_bytes)
+    if len(cells) > app.max_cells:
+        raise TooManyCells(n_cells=len(cells), limit_cells=app.max_cells)
+    parsed = time.perf_counter()
+    query = prepare(model, cells)
+    return query, {"parse": parsed - started, "align": time.perf_counter() - parsed}
 
 
-async def _answer(app: State, work: Work, query: _Query, answer_type: Format) -> Response:
+async def _answer(app: State, work: Work, query: Query, seconds: dict[str, float], answer_type: Format) -> Response:
     """Compute the first chunk, so that what can go wrong has gone wrong before the status is sent; stream the rest."""
     timing = Timing()
     chunks = app.batcher.run(work, query.counts, timing)
     first = await _next(chunks, app.timeout_seconds)
     is_whole = n_cells(first) == query.counts.shape[0]
-    seconds = {**query.seconds, "queue": timing.queue_seconds, "compute": timing.compute_seconds}
+    until_now = {**seconds, "queue": timing.queue_seconds, "compute": timing.compute_seconds}
     headers = {
         "X-Cellserve-Model": work.model.id,
         # A streamed answer's times are those until its first chunk.
-        "Server-Timing": ", ".join(f"{stage};dur={1000 * spent:.3f}" for stage, spent in seconds.items()),
+        "Server-Timing": ", ".join(f"{stage};dur={1000 * spent:.3f}" for stage, spent in until_now.items()),
     }
-    pieces = _pieces(app, work, query, answer_type.writer(), timing, first, chunks)
+    pieces = _pieces(app, work, query, answer_type.writer(), seconds, timing, first, chunks)
     if is_whole:
         content = b"".join([piece async for piece in pieces])
         return Response(content, headers=headers, media_type=answer_type.media_type)
@@ -124,21 +119,16 @@ async def _answer(app: State, work: Work, query: _Query, answer_type: Format) ->
 async def _pieces(
     app: State,
     work: Work,
-    query: _Query,
+    query: Query,
     writer: Writer,
+    seconds: dict[str, float],
     timing: Timing,
-    first: Columns,
+    columns: Columns,
     chunks: AsyncIterator[Columns],
 ) -> AsyncIterator[bytes]:
-    head = {
-        "model": {"name": work.model.manifest.name, "version": work.model.manifest.version},
-        "task": work.task.name,
-        "request_id": request_id.current.get(),
-        "genes": query.genes.as_dict(),
-        "counts": query.counts_report.as_dict(),
-    }
-    serialise_seconds, position, columns = 0.0, 0, first
-    lead = writer.start(head)
+    """The bytes of the answer, one piece per chunk; `columns` is the first."""
+    serialise_seconds, position = 0.0, 0
+    lead = writer.start(query.head(work.model, work.task, request_id.current.get()))
     while True:
         started = time.perf_counter()
         stop = position + n_cells(columns)
@@ -149,7 +139,7 @@ async def _pieces(
         lead = b""
         serialise_seconds += time.perf_counter() - started
         if is_last:
-            _measure(work, query, timing, serialise_seconds)
+            _measure(work, position, seconds, timing, serialise_seconds)
         yield piece
         if is_last:
             return
@@ -164,15 +154,13 @@ async def _next(chunks: AsyncIterator[Columns], limit_seconds: float) -> Columns
         raise RequestTimeout(limit_seconds=limit_seconds) from None
 
 
-def _measure(work: Work, query: _Query, timing: Timing, serialise_seconds: float) -> None:
+def _measure(work: Work, n_rows: int, seconds: dict[str, float], timing: Timing, serialise_seconds: float) -> None:
     spent = {
-        **query.seconds,
+        **seconds,
         "queue": timing.queue_seconds,
         "compute": timing.compute_seconds,
         "serialise": serialise_seconds,
     }
-    for stage, seconds in spent.items():
-        metrics.STAGE_SECONDS.labels(work.task.name, stage).observe(seconds)
-    metrics.CELLS.labels(work.model.manifest.name, work.model.manifest.version, work.task.name).inc(
-        query.counts.shape[0]
-    )
+    for stage, stage_seconds in spent.items():
+        metrics.STAGE_SECONDS.labels(work.task.name, stage).observe(stage_seconds)
+    metrics.CELLS.labels(work.model.manifest.name, work.model.manifest.version, work.task.name).inc(n_rows)

@@ -1,0 +1,164 @@
+"""`cellserve`: the tasks of the service from the command line, and a look at the models."""
+
+from pathlib import Path
+from typing import Annotated, NoReturn
+
+import anndata as ad
+import typer
+from pydantic import ValidationError
+from rich.console import Console
+from rich.table import Table
+
+from service.cells.counts import Cells
+from service.cells.formats.arrow import ArrowWriter
+from service.client import fill, find_counts, read_answer
+from service.contract import artifact
+from service.contract.store import ModelId, Store
+from service.errors import CellserveError
+from service.inference import TASKS
+from service.inference.model import Model, load
+from service.inference.query import prepare
+from service.inference.session import choose_runtime
+from service.inference.task import Task
+from service.settings import Settings, SettingsError, read_settings
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
+console = Console()
+
+
+def main() -> None:
+    """Run the command line; what a user can mend is said in a sentence, without a trace."""
+    try:
+        app()
+    except (CellserveError, SettingsError, KeyError, OSError) as error:
+        _fail(str(error.args[0]) if isinstance(error, KeyError) else str(error))
+
+
+def _fail(message: str) -> NoReturn:
+    Console(stderr=True).print(f"[red]error:[/red] {message}", highlight=False, soft_wrap=True)
+    raise SystemExit(1)
+
+
+StoreOption = Annotated[Path | None, typer.Option("--store", help="Directory of models; CELLSERVE_STORE by default.")]
+
+
+def _store(path: Path | None) -> tuple[Store, Settings]:
+    settings = read_settings()
+    return Store(path or settings.store), settings
+
+
+@app.command()
+def models(store: StoreOption = None) -> None:
+    """List models, versions and aliases."""
+    where, _ = _store(store)
+    table = Table("model", "version", "aliases", "family", "genes", "latent", "labels", "summary")
+    for model_id in where.ids():
+        try:
+            manifest = artifact.read_manifest(where.path(model_id))
+        except CellserveError as error:
+            table.add_row(model_id.name, model_id.version, "", "", "", "", "", f"[red]{error}[/red]")
+            continue
+        aliases = [alias for alias, version in where.aliases(model_id.name).items() if version == model_id.version]
+        labels = ", ".join(f"{level.name} ({len(level.classes)})" for level in manifest.labels)
+        counts = (str(manifest.genes.n_genes), str(manifest.n_latent))
+        table.add_row(
+            model_id.name, model_id.version, ", ".join(aliases), manifest.family, *counts, labels, manifest.summary
+        )
+    console.print(table)
+
+
+@app.command()
+def verify(
+    model: Annotated[
+        str | None, typer.Argument(help="name, name@version or name@alias; all versions by default.")
+    ] = None,
+    store: StoreOption = None,
+) -> None:
+    """Check every byte of a version, and replay its golden cells on this machine."""
+    where, settings = _store(store)
+    runtime = choose_runtime(settings.provider, settings.threads, settings.allow_provider_fallback)
+    chosen = where.ids() if model is None else (where.resolve(model),)
+    if not chosen:
+        _fail(f"There is no model in {where.root}.")
+    failed = False
+    for model_id in chosen:
+        try:
+            loaded = load(artifact.read(where.path(model_id)), runtime)
+        except CellserveError as error:
+            failed = True
+            console.print(f"[red]refused[/red] {model_id}: {error}", highlight=False, soft_wrap=True)
+            continue
+        shapes = loaded.sessions["encode"].shapes
+        files = len(loaded.manifest.files)
+        console.print(
+            f"[green]ok[/green] {model_id}: {files} files, golden cells replayed, one set of bits for {shapes} rows"
+        )
+    if failed:
+        raise SystemExit(1)
+
+
+@app.command()
+def alias(
+    model: Annotated[str, typer.Argument(help="name@version")],
+    name: Annotated[str, typer.Argument(help="The alias; `default` is what a bare model name means.")] = "default",
+    store: StoreOption = None,
+) -> None:
+    """Let an alias mean a version, from one moment to the next."""
+    where, _ = _store(store)
+    target = where.resolve(model)
+    try:
+        where.set_alias(ModelId(target.name, target.version), name)
+    except ValueError as error:
+        _fail(str(error))
+    console.print(f"{target.name}@{name} is {target} now")
+
+
+def run_task(
+    task: Task, model: Model, adata: ad.AnnData, options: dict[str, str], layer: str | None, gene_key: str | None
+) -> ad.AnnData:
+    """Answer cells in this process with the code of the service; arguments, answer and errors as of `Client.run`."""
+    chosen = task.options.model_validate(options)
+    chosen.check(model)
+    counts, genes, source = find_counts(adata, layer, gene_key)
+    query = prepare(model, Cells(genes=tuple(genes), counts=counts, cell_ids=tuple(adata.obs_names)))
+    writer = ArrowWriter()
+    content = (
+        writer.start(query.head(model, task)) + writer.write(task.run(model, query.counts, chosen), None) + writer.end()
+    )
+    return fill(adata, [read_answer(content)], source)
+
+
+def _add_command(task: Task) -> None:
+    known = ", ".join(f"{name} ({field.description})" for name, field in task.options.model_fields.items()) or "none"
+
+    @app.command(task.name, help=f"{task.summary}, from an .h5ad file into another.")
+    def command(
+        source: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="An .h5ad file with raw counts.")],
+        target: Annotated[Path, typer.Argument(help="The .h5ad file to write.")],
+        model: Annotated[str | None, typer.Option(help="name, name@version or name@alias.")] = None,
+        layer: Annotated[
+            str | None, typer.Option(help="Layer with raw counts; layers['counts'], raw.X or X by default.")
+        ] = None,
+        gene_key: Annotated[
+            str | None, typer.Option(help="Column of var with gene names; var_names by default.")
+        ] = None,
+        option: Annotated[list[str] | None, typer.Option(help=f"name=value; options: {known}.")] = None,
+        store: StoreOption = None,
+    ) -> None:
+        where, settings = _store(store)
+        runtime = choose_runtime(settings.provider, settings.threads, settings.allow_provider_fallback)
+        loaded = load(artifact.read(where.path(where.resolve(model))), runtime)
+        options = dict(item.split("=", 1) for item in option or [] if "=" in item)
+        try:
+            answer = run_task(task, loaded, ad.read_h5ad(source), options, layer, gene_key)
+        except ValidationError as error:
+            _fail(str(error))
+        answer.write_h5ad(target)
+        console.print(f"{answer.n_obs:,} cells answered by {loaded.id}, written to {target}")
+
+
+for _task in TASKS.values():
+    _add_command(_task)
+
+if __name__ == "__main__":
+    main()
