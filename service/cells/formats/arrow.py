@@ -85,7 +85,7 @@ def _counts(batches: list[pa.RecordBatch], n_genes: int) -> sp.csr_matrix:
     n_before = 0
     for batch in batches:
         genes, counts = batch.column("gene"), batch.column("count")
-        offsets = {name: column.offsets.to_numpy() for name, column in (("gene", genes), ("count", counts))}
+        offsets = {name: _offsets(column) for name, column in (("gene", genes), ("count", counts))}
         sizes = np.diff(offsets["gene"])
         if genes.null_count or counts.null_count:
             raise InvalidCells(problem=f"A cell of rows {n_before}-{n_before + batch.num_rows - 1} is null.")
@@ -97,18 +97,54 @@ def _counts(batches: list[pa.RecordBatch], n_genes: int) -> sp.csr_matrix:
         }
         if inner["gene"].null_count or inner["count"].null_count:
             raise InvalidCells(problem=f"A gene or count in rows {n_before}-{n_before + batch.num_rows - 1} is null.")
-        index = inner["gene"].to_numpy()
+        index = _numpy(inner["gene"])
         outside = (index < 0) | (index >= n_genes)
         if outside.any():
             first = int(np.argmax(outside))
             cell = n_before + int(np.searchsorted(offsets["gene"] - offsets["gene"][0], first, side="right")) - 1
             raise InvalidCells(problem=f"Cell {cell} has gene index {index[first]}, but 'genes' has {n_genes:,} names.")
         indices.append(index)
-        values.append(inner["count"].to_numpy())
+        values.append(_numpy(inner["count"]))
         lengths.append(sizes)
         n_before += batch.num_rows
     indptr = np.concatenate(([0], np.cumsum(np.concatenate(lengths))))
     return sp.csr_matrix((_joined(values), _joined(indices), indptr), shape=(n_before, n_genes))
+
+
+# pyarrow's own conversions import pandas at the first call (a second and 50 MB, within somebody's request); these do not.
+
+
+def _numpy(array: pa.Array) -> np.ndarray[Any, Any]:
+    """The numbers of a primitive array without nulls, where they lie."""
+    dtype = np.dtype({"float": "float32", "double": "float64"}.get(str(array.type), str(array.type)))
+    buffer = array.buffers()[1]
+    if buffer is None or not len(array):
+        return np.empty(0, dtype)
+    return np.frombuffer(buffer, dtype, count=len(array), offset=array.offset * dtype.itemsize)
+
+
+def _offsets(lists: pa.ListArray) -> np.ndarray[Any, Any]:
+    """Where each list starts in the values, and where the last one ends."""
+    buffer = lists.buffers()[1]
+    if buffer is None or not len(lists):
+        return np.zeros(1, np.int32)
+    return np.frombuffer(buffer, np.int32, count=len(lists) + 1, offset=lists.offset * 4)
+
+
+def _arrow(array: np.ndarray[Any, Any]) -> pa.Array:
+    """A one-dimensional array of float32, int32 or bool, without a copy where its layout is Arrow's."""
+    if array.dtype == bool:
+        packed = np.packbits(array, bitorder="little")
+        return pa.Array.from_buffers(pa.bool_(), len(array), [None, pa.py_buffer(packed)])
+    kind = {np.dtype(np.float32): pa.float32(), np.dtype(np.int32): pa.int32()}[array.dtype]
+    return pa.Array.from_buffers(kind, len(array), [None, pa.py_buffer(np.ascontiguousarray(array))])
+
+
+def _strings(words: Sequence[str]) -> pa.Array:
+    """A string array."""
+    encoded = [word.encode() for word in words]
+    offsets = np.cumsum([0, *map(len, encoded)], dtype=np.int32)
+    return pa.StringArray.from_buffers(len(encoded), pa.py_buffer(offsets), pa.py_buffer(b"".join(encoded)))
 
 
 def _joined(arrays: list[np.ndarray[Any, Any]]) -> np.ndarray[Any, Any]:
@@ -137,20 +173,18 @@ class ArrowWriter:
 
     def write(self, columns: Columns, cell_ids: Sequence[str] | None) -> bytes:
         """A record batch, after the schema where it is the first."""
-        arrays = [] if cell_ids is None else [pa.array(cell_ids, pa.string())]
+        arrays = [] if cell_ids is None else [_strings(cell_ids)]
         fields = [] if cell_ids is None else [pa.field("cell_id", pa.string(), nullable=False)]
         for name, column in columns.items():
             metadata = None
             if isinstance(column, Labels):
-                array = pa.DictionaryArray.from_arrays(pa.array(column.codes), pa.array(column.words, pa.string()))
+                array = pa.DictionaryArray.from_arrays(_arrow(column.codes), _strings(column.words))
             elif isinstance(column, Vectors):
                 width = column.values.shape[1]
-                array = pa.FixedSizeListArray.from_arrays(
-                    pa.array(np.ascontiguousarray(column.values).reshape(-1)), width
-                )
+                array = pa.FixedSizeListArray.from_arrays(_arrow(column.values.reshape(-1)), width)
                 metadata = {"names": json.dumps(column.names)} if column.names is not None else None
             else:
-                array = pa.array(column.values)
+                array = _arrow(column.values)
             arrays.append(array)
             fields.append(pa.field(name, array.type, nullable=False, metadata=metadata))
         schema = pa.schema(fields, metadata={"cellserve": self._head})

@@ -1,0 +1,131 @@
+"""Fill the generated parts of README.md and docs/: tables of settings, metrics, errors, tasks, formats; openapi.json; example answers.
+
+    python -m docs.generate           write them
+    python -m docs.generate --check   fail where one is stale (make lint)
+
+A part stands between `<!-- generated: NAME -->` and `<!-- end -->`.
+"""
+
+import json
+import re
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from prometheus_client import REGISTRY
+
+from service import metrics
+from service.api import openapi, problems
+from service.cells.formats import FORMATS
+from service.contract.manifest import Manifest
+from service.inference import TASKS
+from service.settings import PREFIX, Settings
+
+ROOT = Path(__file__).parent.parent
+EXAMPLES = ROOT / "docs/examples"
+_BLOCK = re.compile(r"(<!-- generated: (?P<name>[\w.-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+def _table(header: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
+    lines = [header, tuple("---" for _ in header), *rows]
+    return "".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |\n" for line in lines)
+
+
+def settings() -> str:
+    """Variable, default, meaning."""
+    rows = []
+    for name, field in Settings.model_fields.items():
+        default = "" if field.default is None else f"`{str(field.default).lower() if isinstance(field.default, bool) else field.default}`"
+        rows.append((f"`{PREFIX}{name.upper()}`", default, field.description or ""))
+    return _table(("variable", "default", "meaning"), rows)
+
+
+def metric_families() -> str:
+    """Name, type, labels, meaning."""
+    collectors = [value for value in vars(metrics).values() if hasattr(value, "_labelnames")]
+    rows = []
+    for collector in collectors:
+        family = next(iter(collector.describe()))
+        name = f"{family.name}_total" if family.type == "counter" else family.name
+        labels = ", ".join(f"`{label}`" for label in collector._labelnames)  # noqa: SLF001 - the client has no public way to ask
+        rows.append((f"`{name}`", family.type, labels, family.documentation))
+    assert rows, REGISTRY
+    return _table(("metric", "type", "labels", "meaning"), sorted(rows))
+
+
+def errors() -> str:
+    """Status, code, title, sentence."""
+    rows = []
+    for error, status in sorted(problems.STATUS.items(), key=lambda item: (item[1], item[0].code)):
+        meaning = (error.__doc__ or "").split("\n")[0]
+        rows.append((str(status), f"`{error.code}`", error.title, meaning))
+    return _table(("status", "code", "title", "when"), rows)
+
+
+def tasks() -> str:
+    """One section per task: what it answers and its options."""
+    parts = []
+    for task in TASKS.values():
+        options = [(f"`{name}`", field.description or "") for name, field in task.options.model_fields.items()]
+        parts.append(f"### POST /v1/{task.name}\n\n{task.summary}. Needs the graphs {', '.join(task.graphs)}.\n\n{task.description}\n")
+        parts.append(_table(("option", "meaning"), [("`model`", "`name`, `name@version` or `name@alias`"), *options]))
+    return "\n".join(parts)
+
+
+def formats() -> str:
+    """Media type and layout."""
+    return _table(("media type", "layout"), [(f"`{form.media_type}`", form.description) for form in FORMATS.values()])
+
+
+def openapi_json() -> str:
+    """docs/openapi.json: what GET /docs.json answers."""
+    return json.dumps(openapi.document(), indent=2) + "\n"
+
+
+def manifest_json() -> str:
+    """docs/manifest.schema.json: JSON Schema of manifest.json."""
+    return json.dumps(Manifest.model_json_schema(), indent=2) + "\n"
+
+
+def example(name: str) -> str:
+    """A file of docs/examples as a code block; `make examples` asks a running server for it."""
+    return f"```{'json' if name.endswith('.json') else 'text'}\n{(EXAMPLES / name).read_text().rstrip()}\n```\n"
+
+
+PARTS: dict[str, Callable[[], str]] = {
+    "settings": settings,
+    "metrics": metric_families,
+    "errors": errors,
+    "tasks": tasks,
+    "formats": formats,
+}
+FILES: dict[str, Callable[[], str]] = {"docs/openapi.json": openapi_json, "docs/manifest.schema.json": manifest_json}
+
+
+def filled(text: str) -> str:
+    """A page with its generated parts filled in."""
+
+    def part(match: re.Match[str]) -> str:
+        name = match["name"]
+        content = PARTS[name]() if name in PARTS else example(name)
+        return f"{match[1]}{content}{match[3]}"
+
+    return _BLOCK.sub(part, text)
+
+
+def main(arguments: list[str]) -> int:
+    """Write or check everything that is generated; 1 if something is stale."""
+    pages = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+    wanted = {page: filled(page.read_text()) for page in pages} | {ROOT / name: make() for name, make in FILES.items()}
+    stale = [path for path, content in wanted.items() if not path.exists() or path.read_text() != content]
+    if "--check" in arguments:
+        for path in stale:
+            sys.stderr.write(f"{path.relative_to(ROOT)} is stale: run `make docs`\n")
+        return 1 if stale else 0
+    for path in stale:
+        path.write_text(wanted[path])
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1:]))
