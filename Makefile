@@ -9,6 +9,7 @@ RUN ?= runs/pbmc
 VERSION ?=
 UV := .uv/bin/uv
 DEV := .venv
+BENCH := .venv-bench
 SERVE := $(if $(filter cuda,$(PROVIDER)),.venv-serve-cuda,.venv-serve)
 SERVE_LOCK := requirements/$(if $(filter cuda,$(PROVIDER)),serving-gpu,serving).txt
 PACKAGES := service training
@@ -53,8 +54,9 @@ lint: $(DEV)/.ready  ## ruff, mypy in strict mode, the architecture's contracts,
 	$(DEV)/bin/lint-imports
 	$(DEV)/bin/python -m docs.generate --check
 
-bench: $(DEV)/.ready  ## benchmarks/, both sides in one run, as ratios
-	$(DEV)/bin/python -m benchmarks.embed_http
+bench: $(DEV)/.ready $(SERVE)/.ready $(BENCH)/.ready  ## benchmarks/, both sides in one run, as ratios
+	CELLSERVE_TEST_SERVER_PYTHON=$(SERVE)/bin/python CELLSERVE_BENCH_PYTHON=$(BENCH)/bin/python \
+	  $(DEV)/bin/python -m benchmarks.embed_http
 
 bento: $(SERVE)/.ready  ## build a bento of the service and the models
 	$(SERVE)/bin/bentoml build --version "$$(git describe --always --dirty --tags)"
@@ -71,6 +73,7 @@ lock: $(UV)  ## resolve requirements/ again
 	$(COMPILE) --extra gpu --no-emit-package onnxruntime --override requirements/override-gpu.txt -o requirements/serving-gpu.txt
 	$(COMPILE) --extra train -c requirements/serving.txt -o requirements/training.txt
 	$(COMPILE) --extra train --extra dev -c requirements/training.txt -o requirements/development.txt
+	$(COMPILE) --extra bench -o requirements/benchmark.txt
 
 clean:  ## remove environments, caches and runs
 	rm -rf .venv .venv-* .uv .cache runs site dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .import_linter_cache .hypothesis
@@ -85,9 +88,12 @@ $(SERVE)/.ready: $(SERVE_LOCK) pyproject.toml | $(UV)
 	$(UV) pip install -q --no-deps --python $(@D) -e .
 	touch $@
 
-$(DEV)/.ready: requirements/development.txt pyproject.toml | $(UV)
+# Environments with torch: it is not locked, and comes last because a sync would take it away again.
+$(DEV)/.ready: requirements/development.txt
+$(BENCH)/.ready: requirements/benchmark.txt
+$(DEV)/.ready $(BENCH)/.ready: pyproject.toml | $(UV)
 	$(UV) venv -q --allow-existing --python $(PYTHON) $(@D)
-	$(UV) pip sync -q --require-hashes --python $(@D) requirements/development.txt
+	$(UV) pip sync -q --require-hashes --python $(@D) $(filter requirements/%,$^)
 	$(UV) pip install -q --no-deps --python $(@D) -e .
 	$(UV) pip install -q --no-config --python $(@D) "$(TORCH)" $${PIP_FIND_LINKS:+--find-links "$$PIP_FIND_LINKS"}
 	touch $@

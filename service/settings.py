@@ -9,7 +9,7 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 
 PREFIX = "CELLSERVE_"
 # Variables of the same prefix that other programs of this project read.
-OTHERS = frozenset({"CELLSERVE_DATA", "CELLSERVE_URL", "CELLSERVE_TEST_SERVER_PYTHON"})
+OTHERS = frozenset({"CELLSERVE_DATA", "CELLSERVE_URL", "CELLSERVE_TEST_SERVER_PYTHON", "CELLSERVE_BENCH_PYTHON"})
 
 
 class SettingsError(Exception):
