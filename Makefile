@@ -37,6 +37,7 @@ train: $(DEV)/.ready  ## fit CONFIG from the published counts into RUN
 
 evaluate: $(DEV)/.ready  ## accuracy and macro-F1 of RUN beside logistic regression
 	$(DEV)/bin/python -m training evaluate $(RUN)
+	$(if $(filter runs/pbmc,$(RUN)),cp $(RUN)/evaluation.json docs/)
 
 export: $(DEV)/.ready  ## write RUN as a new version into models_store/
 	$(DEV)/bin/python -m training export $(RUN) $(if $(VERSION),--version $(VERSION))

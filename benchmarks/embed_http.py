@@ -2,8 +2,8 @@
 
     make bench
 
-All sides embed the same real cells (pbmc3k, the model's genes) with an encoder of the same size, one after the other on the same machine, in rounds,
-and the medians over rounds are compared as ratios. Client and server share the CPUs, as they do for whoever tries this at home; scvi-tools and
+All sides embed the same real cells (pbmc3k, the model's genes) with an encoder of the same size, one after the other on the
+same machine, in rounds, and the medians over rounds are compared as ratios. Client and server share the CPUs, as they do for whoever tries this at home; scvi-tools and
 session.run have them to themselves, and pay for no HTTP, no parsing and no alignment.
 
 The floor: an encoder of G genes and H hidden units needs 2·G·H floating-point operations per cell and, densified, 4·G bytes of input.
@@ -34,7 +34,7 @@ from service.inference.model import Model, load
 from service.inference.session import choose_runtime
 from tests.builders import arrow_body
 from tests.end_to_end.server import running_server
-from training.data.registry import load as load_data
+from training.data import registry
 
 ROOT = Path(__file__).parent.parent
 ARROW = {"Content-Type": "application/vnd.apache.arrow.stream"}
@@ -46,7 +46,7 @@ N_HIDDEN = 256
 
 def query_cells(model: Model) -> tuple[sp.csr_matrix, tuple[str, ...]]:
     """Real cells over the model's genes, repeated to N_CELLS, float32."""
-    data = load_data("pbmc3k")
+    data = registry.read("pbmc3k")
     symbols = [str(symbol) for symbol in data.var["gene_symbol"]]
     known = [column for column, symbol in enumerate(symbols) if model.genes.find(symbol) >= 0]
     counts = sp.csr_matrix(data.X)[:, known].astype(np.float32)
@@ -76,7 +76,7 @@ def over_http(client: httpx.Client, bodies: list[bytes], size: int, seconds: flo
 
 def raw_session(model: Model, counts: sp.csr_matrix, size: int, seconds: float) -> float:
     """session.run alone, on cells that are dense already: what ONNX Runtime can do."""
-    session = model.sessions["encode"]._session  # noqa: SLF001 - the bare runtime is what is measured
+    session = model.sessions["encode"]._session  # the bare runtime is what is measured
     dense = counts[:size].toarray()
 
     def work() -> int:
@@ -113,7 +113,8 @@ def main() -> int:
     raw: dict[int, list[float]] = {size: [] for size in SIZES}
     with running_server(ROOT / "models_store") as url, httpx.Client(base_url=url, timeout=60) as client:
         bodies = {
-            size: [arrow_body(counts[start : start + size], genes) for start in range(0, min(N_CELLS, 16 * size), size)] for size in SIZES
+            size: [arrow_body(counts[start : start + size], genes) for start in range(0, min(N_CELLS, 16 * size), size)]
+            for size in SIZES
         }
         for _ in range(options.rounds):
             for size in SIZES:
@@ -125,7 +126,10 @@ def main() -> int:
         "model": model.id,
         "n_genes": model.manifest.genes.n_genes,
         "nonzero_per_cell": round(counts.nnz / counts.shape[0]),
-        "floor": {"flops_per_cell": 2 * model.manifest.genes.n_genes * N_HIDDEN, "dense_bytes_per_cell": 4 * model.manifest.genes.n_genes},
+        "floor": {
+            "flops_per_cell": 2 * model.manifest.genes.n_genes * N_HIDDEN,
+            "dense_bytes_per_cell": 4 * model.manifest.genes.n_genes,
+        },
         "rounds": options.rounds,
         "cells_per_second": {
             "http": {str(size): round(statistics.median(values)) for size, values in http.items()},
@@ -140,13 +144,17 @@ def main() -> int:
 
 def _processor() -> str:
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.processor())
+    return next(
+        (line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.processor()
+    )
 
 
 def _print(result: dict[str, Any]) -> None:
     measured = result["cells_per_second"]
     best_scvi = max(measured["scvi_tools"].values())
-    table = Table("cells per request", "HTTP, cells/s", "session.run, cells/s", "HTTP : session.run", "HTTP : best of scvi-tools")
+    table = Table(
+        "cells per request", "HTTP, cells/s", "session.run, cells/s", "HTTP : session.run", "HTTP : best of scvi-tools"
+    )
     for size, rate in measured["http"].items():
         runtime = measured["session_run"][size]
         table.add_row(size, f"{rate:,}", f"{runtime:,}", f"{rate / runtime:.2f}", f"{rate / best_scvi:.2f}")

@@ -29,7 +29,7 @@ def main(path: str, n_hidden: str, n_latent: str, seconds: str, rounds: str, *si
                 model.get_latent_representation(batch_size=int(size))
                 n_cells += adata.n_obs
             measured[size].append(n_cells / spent)
-    print(json.dumps(measured))  # noqa: T201 - the answer to embed_http.py
+    print(json.dumps(measured))  # the answer to embed_http.py
 
 
 if __name__ == "__main__":

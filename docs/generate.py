@@ -35,7 +35,11 @@ def settings() -> str:
     """Variable, default, meaning."""
     rows = []
     for name, field in Settings.model_fields.items():
-        default = "" if field.default is None else f"`{str(field.default).lower() if isinstance(field.default, bool) else field.default}`"
+        default = (
+            ""
+            if field.default is None
+            else f"`{str(field.default).lower() if isinstance(field.default, bool) else field.default}`"
+        )
         rows.append((f"`{PREFIX}{name.upper()}`", default, field.description or ""))
     return _table(("variable", "default", "meaning"), rows)
 
@@ -47,7 +51,7 @@ def metric_families() -> str:
     for collector in collectors:
         family = next(iter(collector.describe()))
         name = f"{family.name}_total" if family.type == "counter" else family.name
-        labels = ", ".join(f"`{label}`" for label in collector._labelnames)  # noqa: SLF001 - the client has no public way to ask
+        labels = ", ".join(f"`{label}`" for label in collector._labelnames)  # the client has no public way to ask
         rows.append((f"`{name}`", family.type, labels, family.documentation))
     assert rows, REGISTRY
     return _table(("metric", "type", "labels", "meaning"), sorted(rows))
@@ -67,7 +71,9 @@ def tasks() -> str:
     parts = []
     for task in TASKS.values():
         options = [(f"`{name}`", field.description or "") for name, field in task.options.model_fields.items()]
-        parts.append(f"### POST /v1/{task.name}\n\n{task.summary}. Needs the graphs {', '.join(task.graphs)}.\n\n{task.description}\n")
+        parts.append(
+            f"### POST /v1/{task.name}\n\n{task.summary}. Needs the graphs {', '.join(task.graphs)}.\n\n{task.description}\n"
+        )
         parts.append(_table(("option", "meaning"), [("`model`", "`name`, `name@version` or `name@alias`"), *options]))
     return "\n".join(parts)
 
@@ -92,8 +98,43 @@ def example(name: str) -> str:
     return f"```{'json' if name.endswith('.json') else 'text'}\n{(EXAMPLES / name).read_text().rstrip()}\n```\n"
 
 
+def evaluation() -> str:
+    """docs/evaluation.json, which `make evaluate` writes."""
+    rows = json.loads((ROOT / "docs/evaluation.json").read_text())
+    titles = {
+        "ours": "cellserve",
+        "logistic_regression": "logistic regression, C=1",
+        "logistic_regression_tuned": "logistic regression, C tuned",
+    }
+    cells = [
+        (
+            row["query"],
+            f"{row['n_cells']:,}",
+            *(f"{row[method]['accuracy']:.3f} / {row[method]['macro_f1']:.3f}" for method in titles),
+        )
+        for row in rows
+    ]
+    return _table(("query", "cells", *titles.values()), cells)
+
+
+def benchmark() -> str:
+    """benchmarks/embed_http.json, which `make bench` writes."""
+    result = json.loads((ROOT / "benchmarks/embed_http.json").read_text())
+    measured = result["cells_per_second"]
+    best = max(measured["scvi_tools"].values())
+    rows = [
+        (size, f"{rate:,}", f"{rate / measured['session_run'][size]:.2f}", f"{rate / best:.2f}")
+        for size, rate in measured["http"].items()
+    ]
+    machine = f"{result['machine']['cpus']} CPUs of {result['machine']['processor']}, {result['n_genes']:,} genes, one client, one connection"
+    header = ("cells per request", "cells/s", "ratio to session.run", "ratio to the best of scvi-tools")
+    return f"{_table(header, rows)}\n{machine}; medians of {result['rounds']} rounds. Ratios carry over to other machines, rates do not.\n"
+
+
 PARTS: dict[str, Callable[[], str]] = {
     "settings": settings,
+    "evaluation": evaluation,
+    "benchmark": benchmark,
     "metrics": metric_families,
     "errors": errors,
     "tasks": tasks,

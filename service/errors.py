@@ -180,7 +180,7 @@ class ModelNotFound(CellserveError):
 
     code = "model_not_found"
     title = "Model not found"
-    sentence = "There is no model '{model}' here. Available: {available}."
+    sentence = "There is no model '{model}' here. Available: {available}. Name one with ?model=name, name@version or name@alias."
     model: str
     available: str
 

@@ -17,10 +17,10 @@ async def list_models(request: Request) -> Response:
     models = state(request).models
     loaded, states = models.loaded(), models.states()
     entries = []
-    for model_id in models.store.ids():
+    for model_id in models.listing.ids():
         model = loaded.get(model_id)
         aliases = [
-            alias for alias, version in models.store.aliases(model_id.name).items() if version == model_id.version
+            alias for alias, version in models.listing.aliases[model_id.name].items() if version == model_id.version
         ]
         entry: dict[str, Any] = {"name": model_id.name, "version": model_id.version, "aliases": aliases}
         entries.append({**entry, "state": states[str(model_id)], **(_summary(model) if model else {})})
@@ -43,7 +43,7 @@ def _find(request: Request) -> Model:
     # A name in a path is a name alone: "pbmc@1" there would be two spellings of one resource.
     if "@" in name or "@" in (version or ""):
         raise ModelNotFound(
-            model=name[:140], available=", ".join(map(str, state(request).models.store.ids())) or "none"
+            model=name[:140], available=", ".join(map(str, state(request).models.listing.ids())) or "none"
         )
     return state(request).models.get(f"{name}@{version}" if version is not None else name)
 

@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,6 +24,44 @@ class ModelId:
 
     def __str__(self) -> str:
         return f"{self.name}@{self.version}"
+
+
+@dataclass(frozen=True)
+class Listing:
+    """What a store held at one moment: names, versions and aliases, resolved without looking at the disk again."""
+
+    versions: Mapping[str, tuple[str, ...]]
+    """Versions by name, sorted, numbers by value; at least one each."""
+
+    aliases: Mapping[str, Mapping[str, str]]
+    """Version by alias, by name."""
+
+    def ids(self) -> tuple[ModelId, ...]:
+        """Every version of every model."""
+        return tuple(ModelId(name, version) for name, versions in self.versions.items() for version in versions)
+
+    def resolve(self, model: str | None = None) -> ModelId:
+        """Find the version that `model` means.
+
+        Args:
+            model: `name`, `name@version`, `name@alias`; None where there is one model only.
+
+        Raises:
+            ModelNotFound: no such name, version or alias.
+        """
+        available = ", ".join(map(str, self.ids())) or "none"
+        if model is None:
+            if len(self.versions) != 1:
+                raise ModelNotFound(model="", available=available)
+            model = next(iter(self.versions))
+        name, _, wanted = model.partition("@")
+        aliases = self.aliases.get(name, {})
+        if name in self.versions:
+            wanted = wanted or aliases.get(DEFAULT, self.versions[name][-1])
+            wanted = aliases.get(wanted, wanted)
+        if wanted not in self.versions.get(name, ()):
+            raise ModelNotFound(model=model[:140], available=available)
+        return ModelId(name, wanted)
 
 
 @dataclass(frozen=True)
@@ -64,35 +103,24 @@ class Store:
                 raise InvalidArtifact(path=str(path), problem=f"{alias!r} points to {version!r}, which is no version")
         return dict(aliases)
 
+    def listing(self) -> Listing:
+        """Everything that the store holds now.
+
+        Raises:
+            InvalidArtifact: an aliases.json is not an object of existing versions.
+        """
+        names = self.names()
+        return Listing(
+            versions={name: self.versions(name) for name in names}, aliases={name: self.aliases(name) for name in names}
+        )
+
     def ids(self) -> tuple[ModelId, ...]:
         """Every version of every model."""
         return tuple(ModelId(name, version) for name in self.names() for version in self.versions(name))
 
     def resolve(self, model: str | None = None) -> ModelId:
-        """Find the version that `model` means.
-
-        Args:
-            model: `name`, `name@version`, `name@alias`; None where the store holds one model only.
-
-        Raises:
-            ModelNotFound: no such name, version or alias.
-        """
-        names = self.names()
-        not_found = ModelNotFound(model=(model or "")[:140], available=", ".join(map(str, self.ids())) or "none")
-        if model is None:
-            if len(names) != 1:
-                raise not_found
-            model = names[0]
-        name, _, wanted = model.partition("@")
-        if name not in names:
-            raise not_found
-        versions, aliases = self.versions(name), self.aliases(name)
-        if not wanted:
-            return ModelId(name, aliases.get(DEFAULT, versions[-1]))
-        wanted = aliases.get(wanted, wanted)
-        if wanted not in versions:
-            raise not_found
-        return ModelId(name, wanted)
+        """Find the version that `model` means now, as `Listing.resolve`."""
+        return self.listing().resolve(model)
 
     def path(self, model: ModelId) -> Path:
         """The version directory."""

@@ -7,12 +7,13 @@ from dataclasses import dataclass, field
 
 from service import metrics
 from service.contract import artifact
-from service.contract.store import ModelId, Store
-from service.errors import CellserveError, ModelNotFound, ModelNotReady
+from service.contract.store import Listing, ModelId, Store
+from service.errors import CellserveError, ModelNotReady
 from service.inference.model import Model, load
 from service.inference.session import Runtime
 
 logger = logging.getLogger("cellserve.models")
+LOADING = "Models are being loaded. Try again in a moment."
 
 
 @dataclass
@@ -21,6 +22,10 @@ class Models:
 
     store: Store
     runtime: Runtime
+    _listing: Listing = field(default_factory=lambda: Listing({}, {}))
+    _problem: str | None = None
+    """Why the store as a whole cannot be read."""
+
     _loaded: dict[ModelId, Model] = field(default_factory=dict)
     _failed: dict[ModelId, str] = field(default_factory=dict)
     _is_done: threading.Event = field(default_factory=threading.Event)
@@ -32,13 +37,14 @@ class Models:
         return thread
 
     def load_all(self) -> None:
-        """Load every version of the store, those that an alias names first, and note why a version cannot be served."""
+        """Load every version of the store, default versions first, and note why a version cannot be served."""
         try:
-            ids = self.store.ids()
-            defaults = {self.store.resolve(name) for name in self.store.names()}
-            for model_id in sorted(ids, key=lambda candidate: candidate not in defaults):
+            self._listing = self.store.listing()
+            defaults = {self._listing.resolve(name) for name in self._listing.versions}
+            for model_id in sorted(self._listing.ids(), key=lambda candidate: candidate not in defaults):
                 self._load(model_id)
         except CellserveError as error:
+            self._problem = str(error)
             logger.exception("the store cannot be read", extra={"reason": str(error)})
         finally:
             self._is_done.set()
@@ -57,6 +63,11 @@ class Models:
         shapes = {name: session.shapes for name, session in model.sessions.items()}
         logger.info("model loaded", extra={"model": model.id, "provider": self.runtime.provider, "row_shapes": shapes})
 
+    @property
+    def listing(self) -> Listing:
+        """What the store held when it was read: what is loaded is served even if its files go away."""
+        return self._listing
+
     def get(self, name: str | None) -> Model:
         """The model that `name`, `name@version` or `name@alias` means.
 
@@ -64,10 +75,12 @@ class Models:
             ModelNotFound: no such model.
             ModelNotReady: it is still being loaded, or was refused.
         """
-        model_id = self.store.resolve(name)
+        if not self._listing.versions and not self._is_done.is_set():
+            raise ModelNotReady(model=(name or "")[:140], reason=LOADING)
+        model_id = self._listing.resolve(name)
         model = self._loaded.get(model_id)
         if model is None:
-            raise ModelNotReady(model=str(model_id), reason=self._failed.get(model_id, "it is still being loaded."))
+            raise ModelNotReady(model=str(model_id), reason=self._failed.get(model_id, LOADING))
         return model
 
     def loaded(self) -> Mapping[ModelId, Model]:
@@ -77,23 +90,21 @@ class Models:
     def problem(self) -> str | None:
         """Why this process cannot do its work yet, or None when the default version of every model answers."""
         if not self._is_done.is_set():
-            return "Models are being loaded."
-        names = self.store.names()
-        if not names:
+            return LOADING
+        if self._problem is not None:
+            return self._problem
+        if not self._listing.versions:
             return f"There is no model in {self.store.root}. Export one (make export), or point CELLSERVE_STORE to a store."
-        for name in names:
+        for name in self._listing.versions:
             try:
                 self.get(name)
-            except (ModelNotReady, ModelNotFound) as error:
+            except ModelNotReady as error:
                 return str(error)
-            except CellserveError as error:
-                return f"{name}: {error}"
         return None
 
     def states(self) -> dict[str, str]:
         """Per version: ready, loading, or why it is refused."""
-        states = {}
-        for model_id in self.store.ids():
-            fallback = "loading" if not self._is_done.is_set() else "appeared after the start; restart to serve it"
-            states[str(model_id)] = "ready" if model_id in self._loaded else self._failed.get(model_id, fallback)
-        return states
+        return {
+            str(model_id): "ready" if model_id in self._loaded else self._failed.get(model_id, "loading")
+            for model_id in self._listing.ids()
+        }

@@ -1,0 +1,116 @@
+"""A real server for tests, examples and benchmarks: `bentoml serve` in a process of its own, on a free port."""
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+
+ROOT = Path(__file__).parent.parent.parent
+PYTHON = "CELLSERVE_TEST_SERVER_PYTHON"
+"""Environment variable with the interpreter that serves; `make test` names the one of the environment without torch."""
+
+
+class Server:
+    """One server process. `start` returns at once; `wait_until_ready` waits."""
+
+    def __init__(self, store: Path, **environment: str) -> None:
+        """Make a server of the models in `store`; further arguments are environment variables."""
+        self.port = _free_port()
+        self.url = f"http://127.0.0.1:{self.port}"
+        self._home = tempfile.TemporaryDirectory(prefix="cellserve-test-")
+        self._log = Path(self._home.name) / "log"
+        python = os.environ.get(PYTHON, sys.executable)
+        # What the caller's shell sets must not reach the server, nor must our own coverage of prometheus files.
+        inherited = {name: value for name, value in os.environ.items() if not name.startswith(("CELLSERVE_", "PROMETHEUS_", "BENTOML_"))}
+        self._environment = {
+            **inherited,
+            "CELLSERVE_STORE": str(store),
+            "BENTOML_HOME": self._home.name,
+            "BENTOML_DO_NOT_TRACK": "true",
+            **environment,
+        }
+        # Not resolved: the name of a virtual environment's interpreter is what makes it one.
+        self._command = [str(Path(python).absolute()), "-m", "bentoml", "serve", "service.app:CellServe"]
+        self._command += ["--host", "127.0.0.1", "--port", str(self.port)]
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> "Server":
+        """Start the process."""
+        with self._log.open("ab") as log:
+            self.process = subprocess.Popen(
+                self._command, cwd=ROOT, env=self._environment, stdout=log, stderr=log, start_new_session=True
+            )
+        return self
+
+    def wait_until(self, path: str, seconds: float = 60) -> httpx.Response:
+        """The first answer with status 200 of `path`.
+
+        Raises:
+            AssertionError: the process ended, or there was none in time; with the log.
+        """
+        assert self.process is not None
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline:
+            if self.process.poll() is not None:
+                raise AssertionError(f"the server ended with {self.process.returncode}:\n{self.log()}")
+            with contextlib.suppress(httpx.TransportError):
+                answer = httpx.get(self.url + path, timeout=5)
+                if answer.status_code == 200:
+                    return answer
+            time.sleep(0.1)
+        raise AssertionError(f"{path} did not answer 200 within {seconds} s:\n{self.log()}")
+
+    def wait_until_ready(self) -> "Server":
+        """Wait for /readyz."""
+        self.wait_until("/readyz")
+        return self
+
+    def stop(self, seconds: float = 30) -> int:
+        """Send SIGTERM and wait; the exit code."""
+        assert self.process is not None
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGTERM)
+        try:
+            return self.process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            os.killpg(self.process.pid, signal.SIGKILL)
+            raise AssertionError(f"the server did not stop within {seconds} s:\n{self.log()}") from None
+
+    def log(self) -> str:
+        """What the server has written so far."""
+        return self._log.read_text(errors="replace") if self._log.exists() else ""
+
+    def close(self) -> None:
+        """End the process, if need be by force, and remove its files."""
+        if self.process is not None and self.process.poll() is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait(10)
+        self._home.cleanup()
+
+
+@contextlib.contextmanager
+def running_server(store: Path, **environment: str) -> Iterator[str]:
+    """The URL of a ready server of the models in `store`."""
+    server = Server(store, **environment)
+    try:
+        server.start().wait_until_ready()
+        yield server.url
+        server.stop()
+    finally:
+        server.close()
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
