@@ -3,8 +3,8 @@
     make bench
 
 All sides embed the same real cells (pbmc3k, the model's genes) with an encoder of the same size, one after the other on the
-same machine, in rounds, and the medians over rounds are compared as ratios. Client and server share the CPUs, as they do for whoever tries this at home; scvi-tools and
-session.run have them to themselves, and pay for no HTTP, no parsing and no alignment.
+same machine, in rounds, and the medians over rounds are compared as ratios. Client and server share the CPUs, as they do for
+whoever tries this at home; scvi-tools and session.run have them to themselves, and pay for no HTTP, no parsing and no alignment.
 
 The floor: an encoder of G genes and H hidden units needs 2·G·H floating-point operations per cell and, densified, 4·G bytes of input.
 """

@@ -1,6 +1,8 @@
 """Gene alignment: from the genes that were sent to the genes of the model, and a report of what became of each."""
 
 import re
+from collections import Counter
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any
@@ -14,7 +16,8 @@ from service.errors import TooFewGenes
 
 # Only stable ids carry a version. Symbols keep their dots: RP11-885N19.6 is a whole name.
 _VERSIONED = re.compile(r"(ENS[A-Z]*[GTP]\d{11})\.\d+")
-_ENSEMBL = re.compile(r"ENS([A-Z]*)G\d{11}")
+_OF_ANOTHER_SPECIES = re.compile(r"ENS([A-Z]+)G\d{11}")
+_ANTIBODY = re.compile(r"(_TotalSeq[ABC]?|_TotalC|\.ADT|_ADT|-AB)$", re.IGNORECASE)
 _PREFIXED = re.compile(r"(hg19|hg38|GRCh37|GRCh38|mm10|GRCm38|GRCm39)_+", re.IGNORECASE)
 _DATE = re.compile(r"(\d{1,2}-(Mar|Sep|Dec|Oct)|(Mar|Sep|Dec|Oct)-\d{1,2}|\d{4}-\d\d-\d\d.*)", re.IGNORECASE)
 N_EXAMPLES = 5
@@ -70,6 +73,7 @@ class GeneIndex:
     """name@version, for messages."""
 
     min_gene_overlap: float
+    species: str = "homo_sapiens"
 
     @cached_property
     def _by_name(self) -> dict[str, int]:
@@ -145,36 +149,30 @@ class GeneIndex:
 
     def _hint(self, unmatched: list[str]) -> str:
         """The likely reason why the names in `unmatched` are not known."""
-
-        def share(matches: list[bool]) -> float:
-            return sum(matches) / len(matches) if matches else 0.0
-
         sample = unmatched[:1000]
-        if share([name.isdigit() for name in sample]) > 0.5:
+
+        def share(is_so: Callable[[str], object]) -> float:
+            return sum(bool(is_so(name)) for name in sample) / max(1, len(sample))
+
+        if share(str.isdigit) > 0.5:
             return "The names are numbers: an index was sent in place of gene names. Send var_names."
-        if share([bool(_PREFIXED.match(name)) for name in sample]) > 0.5:
+        if share(_PREFIXED.match) > 0.5:
             return "The names carry a genome prefix. Remove it (hg19_CD3D is CD3D)."
-        species = [match[1] for name in sample if (match := _ENSEMBL.match(name)) and match[1]]
-        if share([bool(name) for name in species] + [False] * (len(sample) - len(species))) > 0.5:
-            which = "mouse" if species[0] == "MUS" else f"another species (ENS{species[0]}…)"
-            return f"These are Ensembl ids of {which}; the model is not. Map orthologs first."
-        recased = share([self.find(name.upper()) >= 0 for name in sample])
-        if (
-            recased > 0.1
-            and share([name[:1].isupper() and name[1:].islower() for name in sample if name.isalpha()]) > 0.5
-        ):
-            return "The names are written as mouse symbols are (Cd3d). If they are mouse genes, map them to human orthologs first."
-        if recased > 0.1:
+        if share(_OF_ANOTHER_SPECIES.match) > 0.5:
+            species = Counter(match[1] for name in sample if (match := _OF_ANOTHER_SPECIES.match(name))).most_common(1)[
+                0
+            ][0]
+            which = "mouse" if species == "MUS" else f"another species (ENS{species}…)"
+            return f"These are Ensembl ids of {which}, and the model is of {self.species}. Map orthologs first."
+        if share(lambda name: self.find(name.upper()) >= 0) > 0.1:
+            # Cd3d: a capital, then none, but not all capitals.
+            if share(lambda name: name == name.capitalize() != name.upper()) > 0.5:
+                return (
+                    "The names are written as mouse symbols are (Cd3d, where human is CD3D). If these are mouse cells, map the "
+                    "genes to human orthologs first."
+                )
             return "In upper case many of them would match: send the symbols as HGNC writes them."
-        if (
-            share(
-                [
-                    name[:4] in ("AB_1", "CD3-", "CD4-") or name.endswith(("_TotalSeqB", "_TotalSeqC", "_TotalSeqA"))
-                    for name in sample
-                ]
-            )
-            > 0.5
-        ):
+        if share(_ANTIBODY.search) > 0.5:
             return "These look like antibodies. Send gene expression."
         return "Send Ensembl gene ids or gene symbols of the model's species, and all genes that were measured, not only marker genes."
 

@@ -105,7 +105,7 @@ def load(artifact: Artifact, runtime: Runtime) -> Model:
         sessions[str(name)] = session
     return Model(
         manifest=manifest,
-        genes=GeneIndex(table=artifact.genes, model=manifest.id, min_gene_overlap=manifest.genes.min_gene_overlap),
+        genes=GeneIndex(artifact.genes, manifest.id, manifest.genes.min_gene_overlap, manifest.genes.species),
         sessions=sessions,
         runtime=runtime,
         card=artifact.card,
