@@ -72,7 +72,7 @@ def main() -> int:
             answer = client.post(path, content=body, headers=headers).raise_for_status()
             (EXAMPLES / name).write_text(shown(answer))
         (EXAMPLES / "problem.json").write_text(shown(client.post("/v1/annotate", content=mouse, headers=headers)))
-        (EXAMPLES / "models.json").write_text(json.dumps(client.get("/v1/models").json(), indent=1) + "\n")
+        (EXAMPLES / "models.json").write_text(shown(client.get("/v1/models")))
         (EXAMPLES / "ready.json").write_text(client.get("/readyz").text + "\n")
     sys.stdout.write(f"wrote {EXAMPLES.relative_to(ROOT)}/\n")
     return 0

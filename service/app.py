@@ -7,6 +7,7 @@ work runs on (see docs/architecture.md).
 
 import asyncio
 import os
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -22,10 +23,11 @@ from service.api.limits import Intake
 from service.api.routes import build_api
 from service.api.state import State
 from service.contract.store import Store
+from service.errors import ProviderUnavailable
 from service.inference.batcher import Batcher
 from service.inference.models import Models
 from service.inference.session import choose_runtime
-from service.settings import read_settings
+from service.settings import SettingsError, read_settings
 
 N_PARSERS = 2
 """Threads that parse: one may wait for the interpreter's lock while the other is in numpy or Arrow."""
@@ -64,11 +66,20 @@ class DirectService(Service[Any]):
 class CellServe:
     """One worker's service. Models load in the background, so that probes are answered from the start."""
 
+    @bentoml.on_deployment
+    @staticmethod
+    def check() -> None:
+        """Once in the parent, before any worker: a worker that cannot start would be started again for ever."""
+        try:
+            settings = read_settings()
+            choose_runtime(settings.provider, settings.threads, settings.allow_provider_fallback)
+        except (SettingsError, ProviderUnavailable) as error:
+            sys.exit(f"cellserve cannot start: {error}")
+
     def __init__(self) -> None:
         settings = read_settings()
         logs.configure(settings.log_level)
         runtime = choose_runtime(settings.provider, settings.threads, settings.allow_provider_fallback)
-        self._drain_seconds = settings.drain_seconds
         self._parsers = ThreadPoolExecutor(N_PARSERS, thread_name_prefix="cellserve-parse")
         self.state = State(
             models=Models(store=Store(settings.store), runtime=runtime),

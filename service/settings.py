@@ -56,7 +56,6 @@ class Settings(BaseSettings):
     timeout_seconds: float = Field(
         60, gt=0, description="Seconds that a chunk of an answer may take, its wait included. Beyond it: 504."
     )
-    drain_seconds: float = Field(30, gt=0, description="Seconds that a stopping server gives requests in flight.")
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field(
         "INFO", description="Least level of log lines, JSON on standard error."
     )

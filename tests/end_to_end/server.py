@@ -29,7 +29,11 @@ class Server:
         self._log = Path(self._home.name) / "log"
         python = os.environ.get(PYTHON, sys.executable)
         # What the caller's shell sets must not reach the server, nor must our own coverage of prometheus files.
-        inherited = {name: value for name, value in os.environ.items() if not name.startswith(("CELLSERVE_", "PROMETHEUS_", "BENTOML_"))}
+        inherited = {
+            name: value
+            for name, value in os.environ.items()
+            if not name.startswith(("CELLSERVE_", "PROMETHEUS_", "BENTOML_"))
+        }
         self._environment = {
             **inherited,
             "CELLSERVE_STORE": str(store),
