@@ -1,0 +1,90 @@
+"""Gene selection: from training cells only, by a named rule."""
+
+import anndata as ad
+import numpy as np
+import pandas as pd
+import pytest
+import scanpy as sc
+import scipy.sparse as sp
+
+from tests.training.tiny import tiny_cells, tiny_config
+from training.data.features import RULES, TrainingCells, select_genes
+from training.data.prepared import prepare
+from training.data.reference import join
+from training.data.splits import TRAIN, Split
+
+
+def training_cells(n_cells: int = 300, n_genes: int = 400, seed: int = 0) -> TrainingCells:
+    """Poisson counts in two batches and two classes; genes 0 to 9 differ between the classes."""
+    generator = np.random.default_rng(seed)
+    label = generator.integers(2, size=n_cells)
+    mean = generator.gamma(2.0, 1.0, n_genes) * np.ones((n_cells, 1))
+    mean[:, :10] *= np.where(label[:, None] == 1, 6.0, 0.2)
+    return TrainingCells(sp.csr_matrix(generator.poisson(mean).astype(np.float32)), np.arange(n_cells) % 2, label)
+
+
+def test_log_variance_finds_the_genes_that_vary() -> None:
+    """Of 400 genes the ten that differ between classes are among the first twenty."""
+    assert set(range(10)) <= set(select_genes(training_cells(), "log_variance", 20, 0))
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_the_order_of_cells_does_not_matter(rule: str) -> None:
+    """A selection is of a set of cells."""
+    cells = training_cells()
+    order = np.random.default_rng(1).permutation(len(cells.batch))
+    shuffled = TrainingCells(cells.counts[order], cells.batch[order], cells.label[order])
+    np.testing.assert_array_equal(select_genes(shuffled, rule, 30, 0), select_genes(cells, rule, 30, 0))
+
+
+def test_seurat_rule_is_scanpys() -> None:
+    """The same genes as scanpy.pp.highly_variable_genes with batch_key."""
+    cells = training_cells()
+    obs = pd.DataFrame({"batch": pd.Categorical(cells.batch)}, index=[str(i) for i in range(300)])
+    table = ad.AnnData(cells.counts.copy(), obs=obs)
+    sc.pp.normalize_total(table, target_sum=1e4)
+    sc.pp.log1p(table)
+    sc.pp.highly_variable_genes(table, n_top_genes=20, batch_key="batch")
+    expected = np.flatnonzero(table.var["highly_variable"])
+    found = select_genes(cells, "seurat", 20, 0)
+    assert (
+        len(set(found) & set(expected)) >= 19
+    )  # scanpy breaks ties by median rank, of which we know only the mean dispersion
+
+
+def test_rare_genes_are_left_out() -> None:
+    """A gene must be seen in min_cells training cells of every batch."""
+    cells = training_cells()
+    counts = cells.counts.tolil()
+    counts[:, 0] = 0
+    counts[::2, 1] = 0
+    assert not {0, 1} & set(select_genes(cells._replace(counts=counts.tocsr()), "log_variance", 100, 3))
+
+
+def test_held_out_cells_have_no_say() -> None:
+    """Changing every cell but the training cells changes neither the genes nor their statistics."""
+    config = tiny_config()
+    reference = join({name: tiny_cells(name) for name in config.data})
+    part = {name: TRAIN if i % 2 else "test" for i, name in enumerate(reference.obs_names)}
+    part |= dict.fromkeys(list(part)[:4], "validation")
+    changed = reference.copy()
+    others = np.array([part[name] != TRAIN for name in changed.obs_names])
+    dense = changed.X.toarray()
+    dense[others] = np.random.default_rng(0).poisson(50, dense[others].shape)
+    changed.X = sp.csr_matrix(dense)
+    before, after = (prepare(config, cells, Split(part)) for cells in (reference, changed))
+    assert list(before.var.index) == list(after.var.index)
+    np.testing.assert_array_equal(before.statistics.mean, after.statistics.mean)
+    np.testing.assert_array_equal(before.statistics.std, after.statistics.std)
+
+
+def test_statistics_are_those_of_the_transformed_counts() -> None:
+    """Mean and deviation of ln(1 + counts per target_sum) as numpy gives them."""
+    config = tiny_config(model={"hidden": [16], "n_latent": 4, "target_sum": 1000})
+    reference = join({name: tiny_cells(name) for name in config.data})
+    prepared = prepare(config, reference, Split(dict.fromkeys(reference.obs_names, TRAIN)))
+    counts = prepared.train.counts.toarray()
+    values = np.log1p(counts / np.maximum(counts.sum(axis=1, keepdims=True), 1) * 1000)
+    np.testing.assert_allclose(prepared.statistics.mean, values.mean(axis=0), rtol=1e-5)
+    np.testing.assert_allclose(prepared.statistics.std, values.std(axis=0), rtol=1e-4)
+    assert prepared.statistics.n_cells["cell_type"].sum() == reference.n_obs

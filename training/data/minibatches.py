@@ -1,0 +1,110 @@
+"""Cells in minibatches: counts stay sparse until a minibatch has reached the device, and the order follows from a seed."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import scipy.sparse as sp
+import torch
+from numpy.typing import NDArray
+
+
+@dataclass(frozen=True)
+class Minibatch:
+    """Some cells, sparse: count `values[i]` belongs to cell `rows[i]` and gene `columns[i]`."""
+
+    rows: torch.Tensor
+    columns: torch.Tensor
+    values: torch.Tensor
+    shape: tuple[int, int]
+    batch: torch.Tensor
+    """Technical batch, int64 (n_cells,)."""
+
+    labels: torch.Tensor
+    """Class per label level, -1 for none, int64 (n_cells, n_levels)."""
+
+    def to(self, device: torch.device) -> "Minibatch":
+        """The same cells on a device."""
+        tensors = (self.rows, self.columns, self.values)
+        rows, columns, values = (tensor.to(device) for tensor in tensors)
+        return Minibatch(rows, columns, values, self.shape, self.batch.to(device), self.labels.to(device))
+
+    def counts(self) -> torch.Tensor:
+        """Raw counts, dense float32 (n_cells, n_genes)."""
+        counts = torch.zeros(self.shape, dtype=self.values.dtype, device=self.values.device)
+        counts[self.rows, self.columns] = self.values
+        return counts
+
+
+@dataclass(frozen=True)
+class Cells:
+    """Cells with what a model is fitted to; rows agree between the fields."""
+
+    counts: sp.csr_matrix
+    batch: NDArray[np.int64]
+    labels: NDArray[np.int64]
+
+    def __len__(self) -> int:
+        return self.counts.shape[0]
+
+    def take(self, positions: NDArray[np.int64]) -> "Cells":
+        """The cells at `positions`, in that order."""
+        return Cells(self.counts[positions], self.batch[positions], self.labels[positions])
+
+    def minibatch(self) -> Minibatch:
+        """All cells as one minibatch."""
+        coordinates = self.counts.tocoo()
+        return Minibatch(
+            rows=torch.from_numpy(coordinates.row.astype(np.int64)),
+            columns=torch.from_numpy(coordinates.col.astype(np.int64)),
+            values=torch.from_numpy(coordinates.data.astype(np.float32)),
+            shape=self.counts.shape,
+            batch=torch.from_numpy(self.batch),
+            labels=torch.from_numpy(self.labels),
+        )
+
+
+class Minibatches:
+    """An epoch of minibatches. The order of epoch e depends on the seed and e alone, so a resumed run meets the same cells."""
+
+    def __init__(
+        self,
+        cells: Cells,
+        rows: int,
+        seed: int,
+        epoch: Callable[[], int] | None = None,
+        balance: float = 0.0,
+    ) -> None:
+        """Prepare to iterate.
+
+        Args:
+            cells: all of them.
+            rows: cells per minibatch.
+            seed: of the order.
+            epoch: gives the number of the epoch that begins; None keeps the cells in their own order.
+            balance: 0 draws each cell once; 1 draws every pair of batch and class equally often, with replacement.
+        """
+        self.cells, self.rows, self.seed, self.epoch = cells, rows, seed, epoch
+        first = cells.labels[:, 0] if cells.labels.shape[1] else np.full(len(cells), -1)
+        _, group, size = np.unique(np.stack([cells.batch, first]), axis=1, return_inverse=True, return_counts=True)
+        weight = 1.0 / size[group.ravel()] ** balance
+        self._probability = weight / weight.sum() if balance else None
+
+    def __len__(self) -> int:
+        return max(1, len(self.cells) // self.rows if self.epoch else -(-len(self.cells) // self.rows))
+
+    def order(self) -> NDArray[np.int64]:
+        """Positions of the cells in the order of this epoch."""
+        n_cells = len(self.cells)
+        if self.epoch is None:
+            return np.arange(n_cells)
+        generator = np.random.default_rng((self.seed, self.epoch()))
+        if self._probability is None:
+            return generator.permutation(n_cells)
+        return generator.choice(n_cells, size=n_cells, p=self._probability)
+
+    def __iter__(self) -> Iterator[Minibatch]:
+        order = self.order()
+        # While training, a small remainder is left to the next epoch's order: its noisy step would weigh as much as a full one.
+        for i in range(len(self)):
+            yield self.cells.take(order[i * self.rows : (i + 1) * self.rows]).minibatch()

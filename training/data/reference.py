@@ -1,0 +1,85 @@
+"""The reference: data sets joined over their common genes, one technical batch each."""
+
+import anndata as ad
+import numpy as np
+import pandas as pd
+
+from training.data import registry
+
+
+class NoCommonGenes(Exception):
+    """Data sets have no gene in common."""
+
+
+def load_reference(names: tuple[str, ...]) -> ad.AnnData:
+    """The cells of several data sets over the genes that all of them have.
+
+    Args:
+        names: of data sets of the registry.
+
+    Returns:
+        Counts CSR float32, shape (n_cells, n_common_genes). `obs` as the readers give it, with `dataset` added; cells are called
+        <data set>/<cell>. `var` has `gene_id` and `gene_symbol`; genes are in the order of the first set.
+
+    Raises:
+        NoCommonGenes: nothing is left.
+        as `registry.fetch` does.
+    """
+    return join({name: registry.read(name) for name in names})
+
+
+def join(sets: dict[str, ad.AnnData]) -> ad.AnnData:
+    """Join sets by Ensembl id; a set with symbols only takes its ids from the sets that have both.
+
+    A symbol that stands for two ids, or an id that occurs twice in a set, is ambiguous and left out.
+
+    Raises:
+        NoCommonGenes: nothing is left.
+    """
+    id_by_symbol = _unambiguous_ids(sets)
+    parts, keys = [], []
+    for name, cells in sets.items():
+        part = cells.copy()
+        key = _keys(part, id_by_symbol)
+        is_usable = (key != "") & ~pd.Series(key).duplicated(keep=False).to_numpy()
+        part = part[:, is_usable].copy()
+        part.var_names = key[is_usable]
+        part.obs["dataset"] = name
+        part.obs_names = [f"{name}/{cell}" for cell in part.obs_names]
+        parts.append(part)
+        keys.append(set(part.var_names))
+    common = [gene for gene in parts[0].var_names if all(gene in others for others in keys[1:])]
+    if not common:
+        raise NoCommonGenes(f"{' and '.join(sets)} have no gene in common. Check that they are of one species.")
+    joined = ad.concat([part[:, common] for part in parts], join="outer")
+    named = [part.var.loc[common] for part in parts]
+    has_ids = any((table["gene_id"] != "").all() for table in named)
+    gene_symbol = next((table["gene_symbol"] for table in named if (table["gene_symbol"] != "").all()), None)
+    symbols = pd.Series("", index=common) if gene_symbol is None else gene_symbol
+    joined.var = pd.DataFrame(
+        {
+            "gene_id": common if has_ids else "",
+            # A symbol that two genes share names neither.
+            "gene_symbol": symbols.mask(symbols.duplicated(keep=False), "").to_numpy(),
+        },
+        index=pd.Index(common),
+    )
+    for column in ("cell_type", "published_split"):
+        if column in joined.obs:
+            joined.obs[column] = joined.obs[column].astype(object).where(joined.obs[column].notna(), "")
+    return joined
+
+
+def _unambiguous_ids(sets: dict[str, ad.AnnData]) -> dict[str, str]:
+    tables = [cells.var[(cells.var["gene_id"] != "") & (cells.var["gene_symbol"] != "")] for cells in sets.values()]
+    pairs = pd.concat(tables)[["gene_symbol", "gene_id"]].drop_duplicates()
+    pairs = pairs[~pairs["gene_symbol"].duplicated(keep=False)]
+    return dict(zip(pairs["gene_symbol"], pairs["gene_id"], strict=True))
+
+
+def _keys(cells: ad.AnnData, id_by_symbol: dict[str, str]) -> np.ndarray:
+    """What a set's genes are joined by: Ensembl ids where any set has them, else symbols."""
+    if not id_by_symbol:
+        return np.where(cells.var["gene_id"] != "", cells.var["gene_id"], cells.var["gene_symbol"]).astype(object)
+    pairs = zip(cells.var["gene_id"], cells.var["gene_symbol"], strict=True)
+    return np.array([gene_id or id_by_symbol.get(symbol, "") for gene_id, symbol in pairs], dtype=object)
