@@ -1,0 +1,161 @@
+"""What holds for every family: hyper-parameters reach the model, cells do not depend on each other, zeros are finite."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from training.families import FAMILIES
+from training.families.family import Dimensions, Example, Family, Hyperparameters, Statistics
+
+N_GENES = 30
+# A base in which every hyper-parameter matters, and for each of them another value.
+BASE: dict[str, Any] = {
+    "hidden": (12, 8),
+    "n_latent": 4,
+    "dropout": 0.1,
+    "input_dropout": 0.1,
+    "scale": True,
+    "min_std": 0.1,
+    "clip": 2.0,
+    "kl_warmup_epochs": 4,
+    "class_weight_power": 0.5,
+}
+OTHER: dict[str, Any] = {
+    "hidden": (12,),
+    "n_latent": 5,
+    "dropout": 0.5,
+    "input_dropout": 0.5,
+    "layer_norm": True,
+    "target_sum": 1e3,
+    "scale": False,
+    "min_std": 2.0,
+    "clip": 0.5,
+    "classifier_weight": 2.0,
+    "classifier_hidden": (6,),
+    "class_weight_power": 1.0,
+    "label_smoothing": 0.2,
+    "relu_latent": True,
+    "decoder_uses_batch": True,
+    "reconstruction_weight": 3.0,
+    "kl_weight": 3.0,
+    "kl_warmup_epochs": 2,
+    "classify_draws": True,
+}
+PAIRS = [(name, key) for name, family in FAMILIES.items() for key in family.defaults.model_fields]
+
+
+def build(name: str, **changes: Any) -> Family:
+    """A family with seeded weights, over 30 genes, two batches and three classes."""
+    family = FAMILIES[name]
+    known = {key: value for key, value in {**BASE, **changes}.items() if key in family.defaults.model_fields}
+    statistics = Statistics(
+        mean=torch.linspace(0.1, 2, N_GENES),
+        std=torch.linspace(0.05, 1, N_GENES),
+        n_cells={"cell_type": torch.tensor([50.0, 10.0, 5.0])},
+    )
+    torch.manual_seed(0)
+    return family(family.defaults(**known), Dimensions(N_GENES, 2, {"cell_type": 3}), statistics)
+
+
+def example(n_cells: int = 6) -> Example:
+    """Seeded counts; the last label is unknown."""
+    counts = torch.poisson(torch.full((n_cells, N_GENES), 2.0), generator=torch.Generator().manual_seed(1))
+    labels = torch.tensor([0, 1, 2, 0, 1, -1])[:n_cells, None]
+    return Example(counts, counts, torch.arange(n_cells) % 2, labels, epoch=0)
+
+
+def behaviour(family: Family) -> list[bytes]:
+    """Loss while training and all outputs while serving, as bytes."""
+    torch.manual_seed(2)
+    family.train()
+    loss = family.loss(example())["loss"].detach()
+    family.eval()
+    graphs, cells = family.graphs(), example()
+    with torch.no_grad():
+        latent = graphs["encode"].module(cells.counts)
+        expression = graphs["decode"].module(latent, cells.counts.sum(dim=1), cells.batch)
+        probabilities = graphs["classify"].module(latent)[0]
+    return [tensor.numpy().tobytes() for tensor in (loss, latent, expression, probabilities)]
+
+
+def test_every_hyperparameter_is_tested() -> None:
+    """A new one needs another value here."""
+    assert {key for _, key in PAIRS} <= set(OTHER)
+
+
+@pytest.mark.parametrize(("name", "key"), PAIRS)
+def test_every_hyperparameter_reaches_the_model(name: str, key: str) -> None:
+    """A value other than the base's changes the loss or an output."""
+    assert behaviour(build(name, **{key: OTHER[key]})) != behaviour(build(name))
+    assert behaviour(build(name)) == behaviour(build(name))
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_unknown_hyperparameters_are_refused(name: str) -> None:
+    """A typing error is not a silent default."""
+    with pytest.raises(ValueError, match="n_latents"):
+        FAMILIES[name].defaults.model_validate({"n_latents": 3})
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_cell_does_not_depend_on_its_company(name: str) -> None:
+    """Neither in training mode's layers nor while serving: there is no statistic over the minibatch."""
+    family = build(name, dropout=0.0, input_dropout=0.0).train()
+    cells = example()
+    with torch.no_grad():
+        together = family.graphs()["encode"].module(cells.counts)
+        alone = torch.cat([family.graphs()["encode"].module(cell[None]) for cell in cells.counts])
+    torch.testing.assert_close(together, alone, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("scale", [0.0, 1e6])
+def test_empty_and_huge_cells_are_finite(name: str, scale: float) -> None:
+    """Nothing divides by a library size of zero, and nothing overflows."""
+    family = build(name).eval()
+    counts = torch.ones(2, N_GENES) * scale
+    with torch.no_grad():
+        latent = family.graphs()["encode"].module(counts)
+        expression = family.graphs()["decode"].module(latent, counts.sum(dim=1), torch.tensor([0, 1]))
+        probabilities = family.graphs()["classify"].module(latent)[0]
+    assert all(bool(tensor.isfinite().all()) for tensor in (latent, expression, probabilities))
+    assert (expression >= 0).all()
+    torch.testing.assert_close(probabilities.sum(dim=1), torch.ones(2))
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_unlabelled_cells_teach_the_classifier_nothing(name: str) -> None:
+    """With no label at all the loss is finite and the heads get no gradient."""
+    family = build(name)
+    cells = example()
+    unlabelled = Example(cells.counts, cells.target, cells.batch, torch.full_like(cells.labels, -1), 0)
+    family.loss(unlabelled)["loss"].backward()
+    assert all(parameter.grad is None or not parameter.grad.any() for parameter in family.classifier.heads.parameters())
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_gene_weight_is_per_unit_of_log_normalised_expression(name: str) -> None:
+    """Scaling is undone: a gene that is divided by a small deviation weighs more."""
+    scaled, plain = build(name, min_std=0.0), build(name, scale=False)
+    expected = plain.gene_weight() / torch.linspace(0.05, 1, N_GENES)
+    torch.testing.assert_close(scaled.gene_weight(), expected)
+    assert scaled.gene_weight().shape == (12, N_GENES)
+
+
+def test_the_table_is_keyed_by_name() -> None:
+    """Configurations and manifests use these names."""
+    assert set(FAMILIES) >= {"autoencoder", "vae"}
+    assert all(
+        name == family.name and issubclass(family.defaults, Hyperparameters) for name, family in FAMILIES.items()
+    )
+
+
+def test_the_default_autoencoder_is_sc_autoencoders() -> None:
+    """256-128-64 to 32 and back."""
+    family = FAMILIES["autoencoder"]
+    statistics = Statistics(torch.zeros(N_GENES), torch.ones(N_GENES), {})
+    built = family(family.defaults(), Dimensions(N_GENES, 1, {}), statistics)
+    widths = [layer.weight.shape[0] for layer in built.modules() if isinstance(layer, torch.nn.Linear)]
+    assert widths == [256, 128, 64, 32, 64, 128, 256, N_GENES]
+    assert built.classifier is None

@@ -1,0 +1,198 @@
+"""What a family is: the interface that every file of this folder fills."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Annotated, ClassVar
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor, nn
+
+from training.networks import Classifier, LogNormalise, class_weights
+
+
+class Hyperparameters(BaseModel):
+    """What all families have; each adds its own. Unknown names are refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    hidden: tuple[Annotated[int, Field(gt=0)], ...] = (256, 128, 64)
+    """Widths of the encoder's layers; the decoder has them in reverse."""
+
+    n_latent: Annotated[int, Field(gt=0)] = 32
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of the encoder's hidden units dropped while training."""
+
+    input_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of transformed inputs dropped while training, so that no single gene is relied on."""
+
+    layer_norm: bool = False
+    """Normalise each hidden layer of encoder and decoder within a cell."""
+
+    target_sum: Annotated[float, Field(gt=0)] = 1e4
+    """Counts per cell after the input's normalisation."""
+
+    scale: bool = False
+    """Subtract each gene's mean over training cells from the log-normalised input, and divide by its standard deviation."""
+
+    min_std: Annotated[float, Field(ge=0)] = 0.0
+    """Smallest deviation to divide by, so that noise in rare genes is not blown up."""
+
+    clip: Annotated[float, Field(gt=0)] | None = None
+    """Largest absolute value of the transformed input."""
+
+    classifier_weight: Annotated[float, Field(ge=0)] = 1.0
+    """Weight of the cross-entropy of the labels beside the rest of the loss. 0 leaves out the classifier."""
+
+    classifier_hidden: tuple[Annotated[int, Field(gt=0)], ...] = ()
+    """Widths of layers between latent and classes; none means multinomial regression on the latent."""
+
+    class_weight_power: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """0: every cell weighs the same in the cross-entropy. 1: every class does. Between: classes weigh 1 / number ** power."""
+
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of each label spread over all classes."""
+
+
+@dataclass(frozen=True)
+class Dimensions:
+    """What the data prescribe."""
+
+    n_genes: int
+    n_batches: int
+    n_classes: Mapping[str, int]
+    """By label level; empty for a model without labels."""
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """What is known of the training cells before training."""
+
+    mean: Tensor
+    """Of each gene's log-normalised expression, float32 (n_genes,)."""
+
+    std: Tensor
+    """Likewise; 1 for a constant gene."""
+
+    n_cells: Mapping[str, Tensor]
+    """Training cells of each class, by label level, float32 (n_classes,)."""
+
+
+@dataclass(frozen=True)
+class Example:
+    """Cells as the loss meets them. `counts` may be corrupted (see Fit.thinning, Fit.gene_dropout); `target` never is."""
+
+    counts: Tensor
+    """Raw counts in, (n, n_genes)."""
+
+    target: Tensor
+    """Raw counts to explain, (n, n_genes)."""
+
+    batch: Tensor
+    """int64 (n,)."""
+
+    labels: Tensor
+    """int64 (n, n_levels), -1 for none."""
+
+    epoch: int
+
+
+@dataclass(frozen=True)
+class Graph:
+    """A module that becomes an ONNX file, and the names of its tensors."""
+
+    module: nn.Module
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+
+
+class Family(nn.Module, ABC):
+    """An encoder, a decoder and perhaps a classifier, all on raw counts."""
+
+    name: ClassVar[str]
+    """In configurations and manifests."""
+
+    defaults: ClassVar[type[Hyperparameters]]
+    """Its hyper-parameters with their defaults."""
+
+    @abstractmethod
+    def __init__(self, hyperparameters: Hyperparameters, dimensions: Dimensions, statistics: Statistics) -> None:
+        """Build the module with random weights; every hyper-parameter must have an effect."""
+        super().__init__()
+
+    @abstractmethod
+    def loss(self, example: Example) -> dict[str, Tensor]:
+        """Scalars by name: `loss` is minimised, the others are logged."""
+
+    @abstractmethod
+    def graphs(self) -> dict[str, Graph]:
+        """Modules to export by the names of the manifest, all taking raw counts or what they give."""
+
+    @abstractmethod
+    def gene_weight(self) -> Tensor:
+        """First linear layer of the encoder per unit of log-normalised expression, (n_hidden, n_genes)."""
+
+
+class Encode(nn.Module):
+    """counts (n, n_genes) → latent (n, n_latent)."""
+
+    def __init__(self, family: Family) -> None:
+        super().__init__()
+        self.family = family
+
+    def forward(self, counts: Tensor) -> Tensor:
+        """The point estimate of the latent; nothing is drawn."""
+        return self.family.encode(counts)
+
+
+class Decode(nn.Module):
+    """latent (n, n_latent), library (n,), batch int64 (n,) → expression (n, n_genes)."""
+
+    def __init__(self, family: Family) -> None:
+        super().__init__()
+        self.family = family
+
+    def forward(self, latent: Tensor, library: Tensor, batch: Tensor) -> Tensor:
+        """Expected counts of cells with `library` counts."""
+        return self.family.decode(latent, library, batch)
+
+
+class Classify(nn.Module):
+    """latent (n, n_latent) → probabilities (n, n_classes) per level."""
+
+    def __init__(self, family: Family) -> None:
+        super().__init__()
+        self.family = family
+
+    def forward(self, latent: Tensor) -> tuple[Tensor, ...]:
+        """Class probabilities, one tensor per label level."""
+        return tuple(torch.softmax(logits, dim=1) for logits in self.family.classifier(latent))
+
+
+def input_transform(hyperparameters: Hyperparameters, statistics: Statistics) -> LogNormalise:
+    """The input's transform as the hyper-parameters ask for it."""
+    hp = hyperparameters
+    mean, std = (statistics.mean, statistics.std.clamp(min=hp.min_std)) if hp.scale else (None, None)
+    return LogNormalise(hp.target_sum, mean, std, hp.clip)
+
+
+def build_classifier(hyperparameters: Hyperparameters, statistics: Statistics) -> Classifier | None:
+    """The classifier on the latent; None without labels or weight."""
+    hp = hyperparameters
+    if not (hp.classifier_weight and statistics.n_cells):
+        return None
+    weights = {level: class_weights(n_cells, hp.class_weight_power) for level, n_cells in statistics.n_cells.items()}
+    return Classifier(hp.n_latent, hp.classifier_hidden, weights)
+
+
+def standard_graphs(family: Family, dimensions: Dimensions) -> dict[str, Graph]:
+    """encode, decode and, where there is a classifier, classify, for a family with methods encode and decode."""
+    graphs = {
+        "encode": Graph(Encode(family), ("counts",), ("latent",)),
+        "decode": Graph(Decode(family), ("latent", "library", "batch"), ("expression",)),
+    }
+    if family.classifier is not None:
+        outputs = tuple(f"probabilities_{level}" for level in dimensions.n_classes)
+        graphs["classify"] = Graph(Classify(family), ("latent",), outputs)
+    return graphs
