@@ -1,0 +1,156 @@
+"""A run directory: everything that exporting, evaluating and repeating a run needs. Nothing in it is a pickle of ours."""
+
+import io
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from anndata import AnnData
+
+from training import archive
+from training import config as configuration
+from training import fit as fitting
+from training.config import Config
+from training.data import registry
+from training.data.prepared import Prepared, prepare, split_reference
+from training.data.reference import load_reference
+from training.data.splits import TEST, Split
+from training.families.family import Family
+
+CONFIG, SPLIT, GENES, WEIGHTS, PROVENANCE = "config.yaml", "split.json", "genes.tsv", "weights.npz", "provenance.json"
+PACKAGES = ("torch", "lightning", "numpy", "scipy", "anndata", "scanpy", "onnx", "onnxscript", "onnxruntime")
+_ROOT = Path(__file__).parent.parent
+
+
+class NotARun(Exception):
+    """A directory holds no finished run."""
+
+
+class RunExists(Exception):
+    """A directory already holds a run."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run with the cells that it was made of."""
+
+    config: Config
+    reference: AnnData
+    split: Split
+    prepared: Prepared
+    family: Family
+    provenance: dict[str, Any]
+
+    @property
+    def test_cells(self) -> AnnData:
+        """Held-out cells of all sets over the model's genes."""
+        return self.reference[self.split.positions(self.reference, TEST), self.prepared.var.index]
+
+
+def fit(config: Config, directory: Path, resume: bool = False, show_progress: bool = True) -> Run:
+    """Train as `config` says and write the run directory.
+
+    Raises:
+        RunExists: the directory holds a run and `resume` is false.
+        as `registry.fetch` and `fit.fit` do.
+    """
+    if not resume and (directory / CONFIG).exists():
+        raise RunExists(f"{directory} already holds a run. Use --resume to go on with it, or another --output.")
+    directory.mkdir(parents=True, exist_ok=True)
+    if resume and (directory / CONFIG).exists() and configuration.load(directory / CONFIG) != config:
+        raise RunExists(f"{directory} holds a run of another configuration, which --resume cannot go on with.")
+    (directory / CONFIG).write_text(config.dump())
+    started = time.perf_counter()
+    reference = load_reference(config.data)
+    split = split_reference(config, reference)
+    (directory / SPLIT).write_text(split.dump())
+    prepared = prepare(config, reference, split)
+    prepared.var.to_csv(directory / GENES, sep="\t", index=False)
+    fitted = fitting.fit(config, prepared, directory, resume, show_progress)
+    provenance = {
+        **describe_environment(config.seed),
+        "seconds": round(time.perf_counter() - started, 1),
+        "best_epoch": fitted.best_epoch,
+        "best_validation_loss": fitted.best_loss,
+        "n_epochs": fitted.n_epochs,
+        "is_interrupted": fitted.is_interrupted,
+        "data": {name: {file.name: file.sha256 for file in registry.find(name).files} for name in config.data},
+    }
+    weights = {name: tensor.numpy() for name, tensor in fitted.family.state_dict().items()}
+    (directory / WEIGHTS).write_bytes(archive.dump(weights))
+    (directory / PROVENANCE).write_text(json.dumps(provenance, indent=1) + "\n")
+    return Run(config, reference, split, prepared, fitted.family, provenance)
+
+
+def load(directory: Path) -> Run:
+    """Read a run directory, and its cells from the registry.
+
+    Raises:
+        NotARun: a file is missing.
+    """
+    if missing := [name for name in (CONFIG, SPLIT, GENES, WEIGHTS, PROVENANCE) if not (directory / name).is_file()]:
+        raise NotARun(
+            f"{directory} holds no finished run: {', '.join(missing)} missing. Run `fit` with --output {directory}."
+        )
+    config = configuration.load(directory / CONFIG)
+    reference = load_reference(config.data)
+    split = Split.parse((directory / SPLIT).read_text())
+    prepared = prepare(config, reference, split)
+    genes = pd.read_csv(directory / GENES, sep="\t", keep_default_na=False)
+    if not np.array_equal(genes.to_numpy(), prepared.var.to_numpy()):
+        raise NotARun(f"{directory / GENES} lists other genes than its configuration now gives. Fit the run again.")
+    family = fitting.build(config, prepared)
+    with np.load(io.BytesIO((directory / WEIGHTS).read_bytes()), allow_pickle=False) as arrays:
+        family.load_state_dict({name: torch.from_numpy(arrays[name]) for name in arrays.files})
+    provenance = json.loads((directory / PROVENANCE).read_text())
+    return Run(config, reference, split, prepared, family.eval(), provenance)
+
+
+def describe_environment(seed: int) -> dict[str, Any]:
+    """Where and with what a run was made."""
+    return {
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": " ".join(["python -m training", *sys.argv[1:]]),
+        "code_commit": code_commit(),
+        "seed": seed,
+        "packages": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
+        "hardware": {
+            "machine": platform.machine(),
+            "cpu": _cpu(),
+            "n_cpus": str(os.cpu_count()),
+            "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
+        },
+    }
+
+
+def code_commit() -> str:
+    """Commit of this checkout, with "-dirty" where training/ or service/ differ from it; "unknown" outside a checkout."""
+    try:
+        commit, changed = _git("rev-parse", "HEAD"), _git("status", "--porcelain", "training", "service")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return f"{commit}-dirty" if changed else commit
+
+
+def _git(*arguments: str) -> str:
+    command = ["git", "-C", str(_ROOT), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()  # noqa: S603 - our own words
+
+
+def _cpu() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or "unknown"
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "unknown")
