@@ -1,0 +1,79 @@
+"""The model card, written from what the manifest and the run say, so that it cannot disagree with them."""
+
+from collections.abc import Iterable, Sequence
+
+from service.contract.manifest import Manifest
+from training.data.splits import PARTS
+from training.run import Run
+
+_LIMITS = """\
+- Cells of a type that it was not trained on get the nearest of its classes. Look at `conf_score`, and at marker genes.
+- It was trained on cells of healthy donors and of one technology (10x, 3' ends, v1 chemistry). Disease, other tissues, other
+  species and full-length protocols are outside of what it was tested on.
+- CD4 and CD8 T cells differ in few genes at this depth, and sorting is not perfect either: expect most mistakes there.
+- Not a medical device. Its answers must not guide the care of patients."""
+
+
+def write(manifest: Manifest, run: Run) -> str:
+    """README.md of an artifact."""
+    genes = manifest.genes
+    parts = [run.split.part[name] for name in run.reference.obs_names]
+    sections = [
+        f"# {manifest.id}\n\n{manifest.summary or 'A reference model of single cells.'}",
+        f"- Family: `{manifest.family}`, {manifest.n_latent} latent units\n"
+        f"- Input: raw counts of {genes.n_genes:,} genes ({genes.id_type} ids, {genes.species}); at least "
+        f"{genes.min_gene_overlap:.0%} of them must be present\n"
+        f"- Graphs: {', '.join(f'`{name}`' for name in manifest.graphs)}\n"
+        f"- Licence of the weights: {manifest.licence}",
+        "## Intended use\n\nEmbedding, reconstructing and annotating human cells of the kinds below, from raw counts.\n\n"
+        f"## Limits\n\n{_LIMITS}",
+        "## Data\n\n"
+        + _table(
+            ("set", "cells", "licence", "sha256"),
+            [
+                (
+                    data.name,
+                    f"{data.n_cells:,}",
+                    data.licence,
+                    " ".join(f"{k} `{v[:12]}…`" for k, v in data.sha256.items()),
+                )
+                for data in manifest.provenance.data
+            ],
+        )
+        + "\n\nData by 10x Genomics are used under CC BY 4.0 (https://creativecommons.org/licenses/by/4.0/): 10x Genomics, "
+        "https://www.10xgenomics.com/datasets. Counts were restricted to common genes and, where they were published "
+        "log-normalised, restored." * any("10x Genomics" in data.licence for data in manifest.provenance.data),
+        "Cells by part: " + ", ".join(f"{part} {parts.count(part):,}" for part in PARTS) + ".",
+    ]
+    for level in manifest.labels:
+        counts = run.reference.obs[level.name].value_counts()
+        rows = [
+            (name, ontology_id or "", f"{counts.get(name, 0):,}")
+            for name, ontology_id in zip(level.classes, level.ontology_ids, strict=True)
+        ]
+        sections.append(f"## Labels: {level.name}\n\n" + _table(("class", "Cell Ontology", "cells"), rows))
+    if manifest.metrics:
+        rows = [(name, f"{value:.4f}") for name, value in manifest.metrics.items()]
+        sections.append(
+            "## Figures\n\nOf this very model, through the runtime that serves it.\n\n"
+            + _table(("figure", "value"), rows)
+        )
+    rows = [
+        (name, f"{found.absolute:.2e}", f"{found.relative:.2e}", f"{found.tolerance:.2e}")
+        for name, found in manifest.parity.outputs.items()
+    ]
+    sections.append(
+        f"## Served against trained\n\nLargest differences between ONNX Runtime (float32) and torch (float64) over "
+        f"{manifest.parity.n_cells} held-out cells.\n\n" + _table(("output", "absolute", "relative", "allowed"), rows)
+    )
+    provenance = manifest.provenance
+    sections.append(
+        f"## Made by\n\n`{provenance.command}` at commit `{provenance.code_commit}`, seed {provenance.seed}, on "
+        f"{provenance.hardware['cpu']}. Configuration and package versions are in manifest.json."
+    )
+    return "\n\n".join(sections) + "\n"
+
+
+def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)

@@ -1,0 +1,150 @@
+"""`python -m training`: data sets, fit, evaluate, export, reproduce."""
+
+import sys
+import tempfile
+import warnings
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from service.contract import artifact
+from service.contract.store import Store
+from service.errors import CellserveError
+from training import config as configuration
+from training import evaluate as evaluation
+from training import export as exporting
+from training import fit as fitting
+from training import parity, run
+from training.data import reference, registry
+from training.data.readers import pbmc3k
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, help="Train, evaluate and export reference models.")
+console = Console()
+
+USER_ERRORS = (
+    CellserveError,
+    configuration.InvalidConfig,
+    evaluation.NoLabels,
+    exporting.ArtifactTooLarge,
+    fitting.DeviceUnavailable,
+    parity.OutsideTolerance,
+    pbmc3k.CountsNotRestored,
+    reference.NoCommonGenes,
+    registry.HashMismatch,
+    registry.NetworkUnavailable,
+    registry.NoAddress,
+    registry.TruncatedDownload,
+    registry.UnknownDataset,
+    run.NotARun,
+    run.RunExists,
+)
+"""What a user can meet and mend: shown as one sentence, without a traceback."""
+
+ConfigPath = Annotated[Path, typer.Argument(help="YAML file, for example training/configs/pbmc.yaml.")]
+RunPath = Annotated[Path, typer.Argument(help="Directory that `fit --output` wrote.")]
+StorePath = Annotated[Path, typer.Option("--store", help="The models_store.")]
+Settings = Annotated[
+    list[str] | None, typer.Option("--set", help="key.sub=value, wins over the file; may be given several times.")
+]
+
+
+@app.command()
+def datasets() -> None:
+    """List the data sets: shape, licence, files, and whether they are cached."""
+    table = Table("name", "what", "shape", "licence", "files", "cached")
+    for dataset in registry.DATASETS.values():
+        cached = "yes" if registry.is_cached(dataset) else "no"
+        files = "\n".join(file.name for file in dataset.files)
+        table.add_row(dataset.name, dataset.summary, dataset.shape, dataset.licence, files, cached)
+    console.print(table)
+    console.print(f"Cache: {registry.cache_directory()} (set {registry.CACHE_VARIABLE} to use another)")
+
+
+@app.command()
+def fit(
+    config: ConfigPath,
+    output: Annotated[Path, typer.Option("--output", help="The run directory to write.")],
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in OUTPUT.")] = False,
+    device: Annotated[str | None, typer.Option("--device", help="auto, cpu or cuda.")] = None,
+    precision: Annotated[
+        str | None, typer.Option("--precision", help="32-true, bf16-mixed, 16-mixed, 64-true.")
+    ] = None,
+    settings: Settings = None,
+) -> None:
+    """Train a model and write a run directory. Ctrl-C ends it after the running epoch and keeps the best model so far."""
+    flags = {"fit.device": device, "fit.precision": precision}
+    overrides = [*(settings or []), *(f"{key}={value}" for key, value in flags.items() if value)]
+    made = run.fit(configuration.load(config, tuple(overrides)), output, resume)
+    found = made.provenance
+    console.print(
+        f"{output}: best epoch {found['best_epoch'] + 1} of {found['n_epochs']}, validation loss "
+        f"{found['best_validation_loss']:.4f}, {found['seconds']:.0f} s"
+    )
+
+
+@app.command()
+def evaluate(directory: RunPath) -> None:
+    """Print accuracy and macro-F1 beside logistic regression on the same cells and genes, within and across data sets."""
+    rows = evaluation.evaluate(run.load(directory), directory, lambda line: console.print(f"[dim]{line}[/dim]"))
+    console.print(evaluation_table(rows))
+
+
+@app.command()
+def export(
+    directory: RunPath,
+    version: Annotated[str | None, typer.Option("--version", help="Default: the next integer.")] = None,
+    store: StorePath = Path("models_store"),
+    alias: Annotated[str | None, typer.Option("--alias", help="Point this alias to it, for example default.")] = None,
+) -> None:
+    """Write a run as a version that can be served, after comparing it with torch in float64."""
+    console.print(str(exporting.export(run.load(directory), store, version, alias)))
+
+
+@app.command()
+def reproduce(config: ConfigPath, store: StorePath = Path("models_store"), settings: Settings = None) -> None:
+    """Train again and compare every graph, byte by byte, with the version that `default` means in the store."""
+    wanted = configuration.load(config, tuple(settings or ()))
+    shipped = artifact.read_manifest(Store(store).path(Store(store).resolve(wanted.name)))
+    with tempfile.TemporaryDirectory() as scratch:
+        made = run.fit(wanted, Path(scratch) / "run")
+        again = artifact.read_manifest(exporting.export(made, Path(scratch) / "store"))
+    table = Table("graph", f"sha256 in {shipped.id}", "sha256 again", "same")
+    names = sorted({*shipped.graphs, *again.graphs})
+    digests = [
+        tuple(
+            manifest.files[f"{name}.onnx"].sha256 if name in manifest.graphs else "-" for manifest in (shipped, again)
+        )
+        for name in names
+    ]
+    for name, (before, after) in zip(names, digests, strict=True):
+        table.add_row(name, before[:16], after[:16], "yes" if before == after else "no")
+    console.print(table)
+    if any(before != after for before, after in digests):
+        console.print(f"Made on: {shipped.provenance.hardware} with {shipped.provenance.packages}")
+        console.print(f"Here: {again.provenance.hardware} with {again.provenance.packages}")
+        raise typer.Exit(1)
+
+
+def evaluation_table(rows: list[dict[str, Any]]) -> Table:
+    """Accuracy / macro-F1 per query and method."""
+    methods = [name for name in rows[0] if name not in ("query", "n_cells")]
+    titles = {"logistic_regression": "LR, C=1", "logistic_regression_tuned": "LR, C tuned"}
+    table = Table("query", "cells", *(titles.get(name, name) for name in methods), title="accuracy / macro-F1")
+    for row in rows:
+        figures = [f"{row[method]['accuracy']:.3f} / {row[method]['macro_f1']:.3f}" for method in methods]
+        table.add_row(row["query"], f"{row['n_cells']:,}", *figures)
+    return table
+
+
+def main() -> None:
+    """Run a command; what a user can mend is one sentence on standard error and exit code 2."""
+    # Other people's deprecations are our tests' business, not a user's.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(lightning|torch|anndata|scanpy)\.")
+    try:
+        app()
+    except USER_ERRORS as error:
+        Console(stderr=True).print(f"[red]error:[/red] {error}", highlight=False, soft_wrap=True)
+        sys.exit(2)

@@ -1,0 +1,172 @@
+"""How good a run is, beside logistic regression on the same cells and genes."""
+
+import json
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import scipy.sparse as sp
+import torch
+from anndata import AnnData
+from numpy.typing import NDArray
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import accuracy_score, f1_score
+
+from service.contract import artifact
+from service.inference import model as serving
+from service.inference.model import Model
+from service.inference.session import Runtime
+from training import fit as fitting
+from training.config import Config
+from training.data.prepared import Prepared, encode_cells, prepare
+from training.data.splits import PUBLISHED, TEST, TRAIN, Split
+from training.families.family import Family
+from training.manifest import build
+from training.run import Run
+
+EVALUATION = "evaluation.json"
+C_GRID = (0.001, 0.01, 0.1, 1.0)
+Labels = NDArray[np.int64]
+Predict = Callable[[sp.csr_matrix], Labels]
+"""Raw counts over the model's genes to classes, as numbers."""
+
+
+class NoLabels(Exception):
+    """A run without labels cannot be scored."""
+
+
+def score_within(run: Run, model: Model) -> dict[str, float]:
+    """Accuracy and macro-F1 of a served model on cells that it was not trained on; empty for a model without labels."""
+    if not model.manifest.labels:
+        return {}
+    figures = {}
+    for name, positions in query_sets(run).items():
+        found = score(run.config, run.reference[positions], run.prepared, served(model))
+        figures |= {f"{metric}_{name}": value for metric, value in found.items()}
+    return figures
+
+
+def query_sets(run: Run) -> dict[str, NDArray[np.int64]]:
+    """Positions of held-out cells by name: those of each set, and those that were published apart."""
+    held_out = run.split.positions(run.reference, TEST)
+    dataset = run.reference.obs["dataset"].to_numpy()
+    sets = {f"held_out_{name}": held_out[dataset[held_out] == name] for name in run.config.data}
+    sets["published_test"] = run.split.positions(run.reference, PUBLISHED)
+    return {name: positions for name, positions in sets.items() if len(positions)}
+
+
+def evaluate(run: Run, directory: Path, show: Callable[[str], object] = str) -> list[dict[str, object]]:
+    """Score the run, and the same configuration across sets, beside logistic regression; also written to evaluation.json.
+
+    Args:
+        run: a finished run with labels.
+        directory: of the run.
+        show: told what is being done.
+
+    Returns:
+        One row per query: name, number of cells, and accuracy and macro-F1 of ours and of logistic regression with C=1 and with C chosen
+        on the validation cells.
+
+    Raises:
+        NoLabels: there is nothing to score.
+    """
+    if run.family.classifier is None:
+        raise NoLabels(f"{directory} has no classifier. Give the configuration labels and a classifier_weight above 0.")
+    rows = []
+    with tempfile.TemporaryDirectory() as scratch:
+        manifest, contents = build(run, "evaluated")
+        model = serving.load(artifact.read(artifact.write(Path(scratch), manifest, contents)), Runtime())
+    show("within sets")
+    methods = {"ours": served(model), **regressions(run.prepared)}
+    for name, positions in query_sets(run).items():
+        rows.append(_row(run.config, name, run.reference[positions], run.prepared, methods))
+    for source in run.config.data if len(run.config.data) > 1 else ():
+        show(f"trained on {source} only")
+        rows += _across(run, source)
+    (directory / EVALUATION).write_text(json.dumps(rows, indent=1) + "\n")
+    return rows
+
+
+def _across(run: Run, source: str) -> list[dict[str, object]]:
+    """Train on one set, annotate the others; cells whose type the source lacks are left out."""
+    config = run.config.model_copy(update={"data": (source,)})
+    dataset = run.reference.obs["dataset"]
+    cells = run.reference[(dataset == source).to_numpy()].copy()
+    # Nothing of the source needs to be held out but what decides when to stop.
+    part = {name: TRAIN if run.split.part[name] == TEST else run.split.part[name] for name in cells.obs_names}
+    prepared = prepare(config, cells, Split(part))
+    with tempfile.TemporaryDirectory() as scratch:
+        fitted = fitting.fit(config, prepared, Path(scratch), show_progress=False)
+    level = config.labels[0].name
+    known = set(cells.obs[level].astype(str)) & set(config.labels[0].classes)
+    methods = {"ours": trained(fitted.family), **regressions(prepared)}
+    rows = []
+    for target in run.config.data:
+        if target != source:
+            chosen = (dataset == target) & run.reference.obs[level].astype(str).isin(known)
+            rows.append(_row(config, f"{source} → {target}", run.reference[chosen.to_numpy()], prepared, methods))
+    return rows
+
+
+def _row(
+    config: Config, name: str, cells: AnnData, prepared: Prepared, methods: dict[str, Predict]
+) -> dict[str, object]:
+    scores = {method: score(config, cells, prepared, predict) for method, predict in methods.items()}
+    return {"query": name, "n_cells": cells.n_obs, **scores}
+
+
+def score(config: Config, cells: AnnData, prepared: Prepared, predict: Predict) -> dict[str, float]:
+    """Accuracy, and F1 averaged over the classes that the cells have, on the first label level."""
+    genes = cells.var_names.get_indexer(prepared.var.index)
+    query = encode_cells(config, cells, genes)
+    truth, found = query.labels[:, 0], predict(query.counts)
+    macro_f1 = f1_score(truth, found, average="macro", labels=np.unique(truth), zero_division=0.0)
+    return {"accuracy": float(accuracy_score(truth, found)), "macro_f1": float(macro_f1)}
+
+
+def served(model: Model) -> Predict:
+    """Predictions of the first label level through the runtime that serves."""
+
+    def predict(counts: sp.csr_matrix) -> Labels:
+        return next(iter(model.classify(model.encode(counts)).values())).argmax(axis=1)
+
+    return predict
+
+
+def trained(family: Family) -> Predict:
+    """Predictions of the first label level through torch."""
+    graphs = family.eval().graphs()
+
+    def predict(counts: sp.csr_matrix) -> Labels:
+        with torch.no_grad():
+            latent = graphs["encode"].module(torch.from_numpy(counts.toarray()))
+            return graphs["classify"].module(latent)[0].argmax(dim=1).numpy()
+
+    return predict
+
+
+def regressions(prepared: Prepared) -> dict[str, Predict]:
+    """Logistic regression on ln(1 + counts per 10,000): with scikit-learn's C=1, and with C chosen on the validation cells."""
+    train, validation = prepared.train, prepared.validation
+    known, checked = train.labels[:, 0] >= 0, validation.labels[:, 0] >= 0
+
+    def regress(c: float) -> LogisticRegression:
+        return LogisticRegression(C=c, max_iter=1000).fit(log_normalise(train.counts[known]), train.labels[known, 0])
+
+    models = {c: regress(c) for c in C_GRID}
+    on_validation = {
+        c: f1_score(
+            validation.labels[checked, 0], model.predict(log_normalise(validation.counts[checked])), average="macro"
+        )
+        for c, model in models.items()
+    }
+    tuned = max(C_GRID, key=lambda c: on_validation[c])
+    chosen = {"logistic_regression": models[1.0], "logistic_regression_tuned": models[tuned]}
+    return {name: (lambda counts, model=model: model.predict(log_normalise(counts))) for name, model in chosen.items()}
+
+
+def log_normalise(counts: sp.csr_matrix) -> sp.csr_matrix:
+    """ln(1 + counts per 10,000 over the model's genes), as the encoders see them."""
+    library = np.maximum(np.asarray(counts.sum(axis=1)).ravel(), 1.0)
+    return sp.csr_matrix(sp.diags(1e4 / library) @ counts).log1p()

@@ -1,0 +1,85 @@
+"""A torch module as ONNX bytes that repeat exactly and say nothing about the machine that made them."""
+
+import logging
+import warnings
+
+import onnx
+import torch
+from onnx import TensorProto
+
+from service.contract.manifest import Graph as Signature
+from service.contract.manifest import Tensor
+from training.families.family import Graph
+
+OPSET = 18
+"""ONNX operator set of all graphs. Stated here only; ONNX Runtime 1.14 and later run it."""
+
+PRODUCER = "cellserve"
+_DTYPES = {TensorProto.FLOAT: "float32", TensorProto.INT64: "int64"}
+
+
+def to_onnx(graph: Graph, example: dict[str, torch.Tensor]) -> bytes:
+    """Export a graph.
+
+    Args:
+        graph: the module and the names of its tensors.
+        example: an input per name with two or more cells as first axis; the shapes of all other axes are fixed by it.
+
+    Returns:
+        A checked ONNX file whose only free axis is the first, "n".
+    """
+    arguments = tuple(example[name] for name in graph.inputs)
+    for name in ("torch.onnx", "onnxscript"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    with warnings.catch_warnings():
+        # torch 2.13's exporter looks at the leaves of its trees in a way that it has deprecated itself.
+        warnings.filterwarnings("ignore", r"`isinstance\(treespec, LeafSpec\)`", FutureWarning)
+        program = torch.onnx.export(
+            graph.module.eval(),
+            arguments,
+            dynamo=True,
+            opset_version=OPSET,
+            input_names=list(graph.inputs),
+            output_names=list(graph.outputs),
+            dynamic_shapes=tuple({0: torch.export.Dim.DYNAMIC} for _ in arguments),
+            verbose=False,
+        )
+    model = program.model_proto
+    _strip(model)
+    onnx.checker.check_model(model, full_check=True)
+    # Deterministic, so that fields of map type come in one order.
+    return model.SerializeToString(deterministic=True)
+
+
+def signature(content: bytes, file: str) -> Signature:
+    """The manifest's entry for an ONNX file."""
+    graph = onnx.load_from_string(content).graph
+    return Signature(
+        file=file,
+        inputs=tuple(_tensor(value) for value in graph.input),
+        outputs=tuple(_tensor(value) for value in graph.output),
+    )
+
+
+def _tensor(value: onnx.ValueInfoProto) -> Tensor:
+    kind = value.type.tensor_type
+    shape = tuple(axis.dim_value if axis.HasField("dim_value") else axis.dim_param for axis in kind.shape.dim)
+    return Tensor(name=value.name, dtype=_DTYPES[kind.elem_type], shape=shape)
+
+
+def _strip(model: onnx.ModelProto) -> None:
+    """Remove what the exporter says about itself: versions, source lines, the names of modules."""
+    model.producer_name, model.producer_version, model.doc_string, model.domain = PRODUCER, "", "", ""
+    del model.metadata_props[:]
+    graph = model.graph
+    graph.name, graph.doc_string = PRODUCER, ""
+    del graph.metadata_props[:]
+    del graph.value_info[:]
+    for part in (*graph.node, *graph.initializer, *graph.input, *graph.output):
+        part.doc_string = ""
+        del part.metadata_props[:]
+    for value in (*graph.input, *graph.output):
+        # The exporter names the cells' axis once per input; they are one.
+        value.type.tensor_type.shape.dim[0].dim_param = "n"
+    for i, node in enumerate(graph.node):
+        node.name = f"{node.op_type}_{i}"
