@@ -83,7 +83,11 @@ def graphs(n_genes: int = N_GENES, seed: int = 0) -> dict[str, bytes]:
         [weight("w", N_LATENT, len(CLASSES))],
     )
     models = {}
-    for name, (nodes, inputs, outputs, initializers) in {"encode": encode, "decode": decode, "classify": classify}.items():
+    for name, (nodes, inputs, outputs, initializers) in {
+        "encode": encode,
+        "decode": decode,
+        "classify": classify,
+    }.items():
         graph = helper.make_graph(nodes, name, inputs, outputs, initializers)
         model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=9)
         onnx.checker.check_model(model)
@@ -94,7 +98,11 @@ def graphs(n_genes: int = N_GENES, seed: int = 0) -> dict[str, bytes]:
 def _tensors(infos: Any) -> list[dict[str, Any]]:
     dtypes = {"tensor(float)": "float32", "tensor(int64)": "int64"}
     return [
-        {"name": info.name, "dtype": dtypes[info.type], "shape": [axis if isinstance(axis, int) else "n" for axis in info.shape]}
+        {
+            "name": info.name,
+            "dtype": dtypes[info.type],
+            "shape": [axis if isinstance(axis, int) else "n" for axis in info.shape],
+        }
         for info in infos
     ]
 
@@ -151,7 +159,10 @@ def parts(
         "batch": {"names": ["one", "two"]},
         "labels": [{"name": "cell_type", "classes": list(CLASSES), "ontology_ids": ["CL:0000236", None, "CL:0000623"]}],
         "golden": {"file": "golden.npz", "tolerance": dict.fromkeys(outputs, 1e-4)},
-        "parity": {"n_cells": 9, "outputs": {output: {"absolute": 0, "relative": 0, "tolerance": 1e-4} for output in outputs}},
+        "parity": {
+            "n_cells": 9,
+            "outputs": {output: {"absolute": 0, "relative": 0, "tolerance": 1e-4} for output in outputs},
+        },
         "provenance": {
             "created": "2026-01-01T00:00:00Z",
             "command": "tests/builders.py",
@@ -194,7 +205,8 @@ def arrow_body(
     columns = {
         "gene": pa.ListArray.from_arrays(pa.array(matrix.indptr, pa.int32()), pa.array(matrix.indices, pa.int32())),
         "count": pa.ListArray.from_arrays(
-            pa.array(matrix.indptr, pa.int32()), pa.array(matrix.data.astype(np.float32)).cast(count_type or pa.float32())
+            pa.array(matrix.indptr, pa.int32()),
+            pa.array(matrix.data.astype(np.float32)).cast(count_type or pa.float32()),
         ),
     }
     if cell_ids:

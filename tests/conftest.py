@@ -1,0 +1,66 @@
+"""Fixtures for tests within one process: a tiny model, and the HTTP application over it."""
+
+import os
+import tempfile
+from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from service.api.limits import Intake
+from service.api.routes import build_api
+from service.api.state import State
+from service.contract import artifact
+from service.contract.store import Store
+from service.inference.batcher import Batcher
+from service.inference.model import Model, load
+from service.inference.models import Models
+from service.inference.session import Runtime
+from tests.builders import write_artifact
+
+# Importing service.app sets BentoML up; its files must not land in the user's home.
+os.environ.setdefault("BENTOML_HOME", tempfile.mkdtemp(prefix="cellserve-bentoml-"))
+
+
+@pytest.fixture(scope="session")
+def tiny_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The store of one tiny model."""
+    root = tmp_path_factory.mktemp("store")
+    write_artifact(root)
+    return root
+
+
+@pytest.fixture(scope="session")
+def tiny(tiny_path: Path) -> Model:
+    """The tiny model, loaded."""
+    return load(artifact.read(tiny_path / "tiny/1"), Runtime())
+
+
+@asynccontextmanager
+async def serving(store: Path, is_loaded: bool = True, **changes: Any) -> AsyncIterator[httpx.AsyncClient]:
+    """A client of the application over a store; `changes` replace numbers of Batcher, Intake and State."""
+    models = Models(store=Store(store), runtime=Runtime())
+    if is_loaded:
+        models.load_all()
+    batcher = Batcher(batch_rows=changes.pop("batch_rows", 256), max_queue_rows=changes.pop("max_queue_rows", 10_000))
+    intake = Intake(changes.pop("max_body_bytes", 2**24), changes.pop("max_bytes_in_flight", 2**25), changes.pop("body_timeout", 5))
+    numbers = {"max_cells": 5_000, "max_decoded_bytes": 2**26, "timeout_seconds": 10.0, **changes}
+    with ThreadPoolExecutor(2) as parsers:
+        state = State(models=models, batcher=batcher, intake=intake, parsers=parsers, **numbers)
+        batcher.start()
+        transport = httpx.ASGITransport(build_api(state), raise_app_exceptions=False)
+        async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+            client.state = state  # type: ignore[attr-defined]
+            yield client
+        await batcher.stop()
+
+
+@pytest.fixture
+async def client(tiny_path: Path) -> AsyncIterator[httpx.AsyncClient]:
+    """A client of the application over the tiny model."""
+    async with serving(tiny_path) as client:
+        yield client

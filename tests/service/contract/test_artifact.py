@@ -1,0 +1,234 @@
+"""Artifacts: written whole or not at all, read only if nothing about them is wrong."""
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import onnx
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from onnx import TensorProto, helper
+
+from service.contract import artifact, onnx_file
+from service.contract.manifest import Manifest
+from service.errors import InvalidArtifact, VersionExists
+from tests import builders
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    """A version directory that is right."""
+    return builders.write_artifact(tmp_path / "store")
+
+
+def change_manifest(path: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    document = json.loads((path / "manifest.json").read_text())
+    change(document)
+    (path / "manifest.json").write_text(json.dumps(document))
+
+
+def test_read_gives_what_was_written(path: Path) -> None:
+    """Every byte, the genes and the golden arrays come back."""
+    document, contents = builders.parts()
+    read = artifact.read(path)
+
+    assert read.contents == contents
+    assert read.manifest == Manifest.model_validate(document)
+    assert read.genes.gene_symbol == builders.gene_table().gene_symbol
+    assert read.golden()["encode/counts"].shape == (9, builders.N_GENES)
+    assert read.card.startswith("# tiny")
+
+
+FILES = ["manifest.json", *builders.parts()[1]]
+
+
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("spoil", ["flip", "truncate", "append", "empty", "remove", "link", "pipe", "folder"])
+def test_every_file_every_way(path: Path, tmp_path: Path, name: str, spoil: str) -> None:
+    """Changed, cut, longer, empty, missing, or not a regular file: refused, and the file is named."""
+    file = path / name
+    content = bytearray(file.read_bytes())
+    if spoil == "flip":
+        content[len(content) // 2] ^= 0x10
+        file.write_bytes(content)
+    elif spoil == "truncate":
+        file.write_bytes(content[:-2])  # its last byte may be a line break only
+    elif spoil == "append":
+        file.write_bytes(bytes(content) + b"x")
+    elif spoil == "empty":
+        file.write_bytes(b"")
+    else:
+        file.unlink()
+        if spoil == "link":
+            (tmp_path / "elsewhere").write_bytes(content)
+            file.symlink_to(tmp_path / "elsewhere")
+        elif spoil == "pipe":
+            os.mkfifo(file)
+        elif spoil == "folder":
+            file.mkdir()
+    with pytest.raises(InvalidArtifact) as refused:
+        artifact.read(path)
+
+    assert name in str(refused.value)
+
+
+def test_extra_files(path: Path) -> None:
+    """A file that the manifest does not list is refused."""
+    (path / "extra.onnx").write_bytes(b"")
+    with pytest.raises(InvalidArtifact, match=r"extra\.onnx is not in the manifest"):
+        artifact.read(path)
+
+
+@settings(max_examples=40, deadline=None)
+@given(data=st.data())
+def test_any_single_byte(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
+    """Whichever byte of whichever file but the manifest is changed, the version is refused."""
+    path = builders.write_artifact(tmp_path_factory.mktemp("store"))
+    name = data.draw(st.sampled_from(FILES[1:]))
+    content = bytearray((path / name).read_bytes())
+    position = data.draw(st.integers(0, len(content) - 1))
+    content[position] ^= data.draw(st.integers(1, 255))
+    (path / name).write_bytes(content)
+    with pytest.raises(InvalidArtifact):
+        artifact.read(path)
+
+
+@pytest.mark.parametrize(
+    ("change", "found"),
+    [
+        (lambda d: d.update(surprise=1), "surprise"),
+        (lambda d: d.update(schema_version=2), "schema_version is 2"),
+        (lambda d: d.update(schema_version="1"), "schema_version is '1'"),
+        (lambda d: d.update(n_latent="5"), "n_latent"),
+        (lambda d: d.update(n_latent=0), "n_latent"),
+        (lambda d: d.pop("golden"), "golden"),
+        (lambda d: d.update(name="other"), "other@1"),
+        (lambda d: d.update(version="2"), "tiny@2"),
+        (lambda d: d["genes"].update(file="../genes.tsv"), "genes.file"),
+        (lambda d: d["genes"].update(file="/etc/passwd"), "genes.file"),
+        (lambda d: d["genes"].update(digest="0" * 64), "digest"),
+        (lambda d: d["genes"].update(n_genes=41), "n_genes"),
+        (lambda d: d["graphs"].pop("encode"), "encode"),
+        (lambda d: d["graphs"].update(steal=d["graphs"]["encode"]), "graphs"),
+        (lambda d: d["files"].pop("encode.onnx"), "encode.onnx"),
+        (lambda d: d["batch"].update(decode_default="three"), "three"),
+        (lambda d: d["labels"][0]["classes"].append("more"), "classes"),
+        (lambda d: d["labels"][0].update(name="tissue"), "probabilities_tissue"),
+        (lambda d: d["golden"]["tolerance"].update({"encode/latent": float("nan")}), "NaN"),
+    ],
+)
+def test_wrong_manifests(path: Path, change: Callable[[dict[str, Any]], Any], found: str) -> None:
+    """A manifest that says anything that is not documented or not so is refused, and the place is named."""
+    change_manifest(path, change)
+    with pytest.raises(InvalidArtifact, match=found):
+        artifact.read(path)
+
+
+def test_a_key_twice(path: Path) -> None:
+    """Two readers would pick different ones of two equal keys."""
+    text = (path / "manifest.json").read_text()
+    (path / "manifest.json").write_text(text.replace('"family"', '"family": "a", "family"', 1))
+    with pytest.raises(InvalidArtifact, match="'family' occurs twice"):
+        artifact.read(path)
+
+
+def test_a_huge_manifest(path: Path) -> None:
+    """A manifest beyond every sensible size is not even parsed."""
+    (path / "manifest.json").write_bytes(b" " * (artifact.MAX_MANIFEST_BYTES + 1))
+    with pytest.raises(InvalidArtifact, match="larger than"):
+        artifact.read(path)
+
+
+def test_a_version_is_immutable(path: Path, tmp_path: Path) -> None:
+    """Writing a version that is there is refused and changes nothing."""
+    before = (path / "manifest.json").stat().st_mtime_ns
+    with pytest.raises(VersionExists):
+        builders.write_artifact(tmp_path / "store", seed=3)
+
+    assert (path / "manifest.json").stat().st_mtime_ns == before
+
+
+def test_a_failed_write_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """When writing fails half-way no version is visible, and what is left is removed with the next one."""
+
+    def full(path: Path, content: bytes) -> None:
+        if path.name == "golden.npz":
+            raise OSError(28, "No space left on device")
+        path.write_bytes(content)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(artifact, "_write_flushed", full)
+        with pytest.raises(OSError, match="No space"):
+            builders.write_artifact(tmp_path)
+    assert list((tmp_path / "tiny").iterdir()) == []
+    (tmp_path / "tiny/.tmp-killed").mkdir()
+    builders.write_artifact(tmp_path)
+    assert [entry.name for entry in (tmp_path / "tiny").iterdir()] == ["1"]
+
+
+def test_what_does_not_read_back_is_not_written(tmp_path: Path) -> None:
+    """A manifest whose digests are not those of the contents never becomes a version."""
+    document, contents = builders.parts()
+    contents["README.md"] += b"changed"
+    with pytest.raises(InvalidArtifact, match=r"README\.md"):
+        artifact.write(tmp_path, Manifest.model_validate(document), contents)
+
+    assert list((tmp_path / "tiny").iterdir()) == []
+
+
+class TestOnnxFile:
+    """What an ONNX file may ask for."""
+
+    @staticmethod
+    def model(*nodes: onnx.NodeProto, initializers: tuple[onnx.TensorProto, ...] = (), **more: Any) -> bytes:
+        value = helper.make_tensor_value_info("x", TensorProto.FLOAT, ["n"])
+        graph = helper.make_graph(list(nodes) or [helper.make_node("Identity", ["x"], ["y"])], "g", [value], [value], list(initializers))
+        model = helper.make_model(graph)
+        for name, values in more.items():
+            getattr(model, name).extend(values)
+        return model.SerializeToString()
+
+    def refusal(self, content: bytes) -> str:
+        with pytest.raises(InvalidArtifact) as refused:
+            onnx_file.check(Path("g.onnx"), content)
+        return refused.value.problem
+
+    def test_plain_graphs(self) -> None:
+        """What an export needs is allowed."""
+        onnx_file.check(Path("g.onnx"), self.model())
+        for content in builders.graphs().values():
+            onnx_file.check(Path("g.onnx"), content)
+
+    def test_external_data(self) -> None:
+        """A tensor in another file is refused, as initializer and as attribute."""
+        tensor = TensorProto(name="w", data_type=TensorProto.FLOAT, dims=[1], data_location=TensorProto.EXTERNAL)
+        tensor.external_data.add(key="location", value="/etc/passwd")
+        node = helper.make_node("Constant", [], ["c"], value=tensor)
+
+        assert "outside the file" in self.refusal(self.model(initializers=(tensor,)))
+        assert "outside the file" in self.refusal(self.model(node))
+
+    def test_bodies(self) -> None:
+        """Loops and branches are refused, by operator and by their sub-graphs."""
+        body = helper.make_graph([], "body", [], [])
+        assert "'Loop'" in self.refusal(self.model(helper.make_node("Loop", ["x"], ["y"], body=body)))
+        assert "sub-graph" in self.refusal(self.model(helper.make_node("Identity", ["x"], ["y"], body=body)))
+
+    def test_strangers(self) -> None:
+        """Operators of other domains, functions and sparse initializers are refused."""
+        function = helper.make_function("f", "F", ["x"], ["y"], [], [])
+        assert "custom domain 'evil'" in self.refusal(self.model(helper.make_node("Identity", ["x"], ["y"], domain="evil")))
+        assert "'PyOp'" in self.refusal(self.model(helper.make_node("PyOp", ["x"], ["y"])))
+        assert "functions" in self.refusal(self.model(functions=[function]))
+        sparse = helper.make_graph([], "g", [], [], sparse_initializer=[onnx.SparseTensorProto(dims=[1])])
+        assert "sparse" in self.refusal(helper.make_model(sparse).SerializeToString())
+
+    @settings(max_examples=200, deadline=None)
+    @given(content=st.binary(max_size=200))
+    def test_any_bytes(self, content: bytes) -> None:
+        """Bytes that are no ONNX are refused, whatever they are."""
+        with pytest.raises(InvalidArtifact):
+            onnx_file.check(Path("g.onnx"), content)

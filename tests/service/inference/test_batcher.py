@@ -1,0 +1,252 @@
+"""The batcher: what runs together, what waits, what is refused, and what a cancelled request leaves behind."""
+
+import asyncio
+import threading
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import pytest
+import scipy.sparse as sp
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from service.cells.columns import Columns, Values
+from service.errors import QueueFull, ShuttingDown
+from service.inference import batcher as module
+from service.inference.batcher import Batcher, Timing, Work, run_whole
+from service.inference.model import Model
+from service.inference.task import Options, Task
+
+
+@dataclass
+class RecordingTask:
+    """Answers each cell with its first gene, and notes what ran together; may be held or made to fail."""
+
+    chunks: list[list[float]] = field(default_factory=list)
+    gate: threading.Event = field(default_factory=threading.Event)
+    poison: float | None = None
+
+    def __post_init__(self) -> None:
+        self.gate.set()
+
+    def run(self, model: Model, counts: sp.csr_matrix, options: Options) -> Columns:
+        self.gate.wait(10)
+        first = counts[:, 0].toarray().ravel().astype(np.float32)
+        self.chunks.append(first.tolist())
+        if self.poison is not None and self.poison in first:
+            raise RuntimeError("poisoned")
+        return {"first": Values(first)}
+
+    def task(self, name: str = "record") -> Task:
+        return Task(name=name, summary="", description="", graphs=(), run=self.run)
+
+
+class NumberedOptions(Options):
+    """Options that tell requests apart."""
+
+    number: int = 0
+
+
+@pytest.fixture
+def recording() -> RecordingTask:
+    return RecordingTask()
+
+
+@pytest.fixture
+async def started() -> AsyncIterator[Callable[..., Batcher]]:
+    """Make and start batchers; stopped with the test."""
+    batchers = []
+
+    def start(batch_rows: int = 256, max_queue_rows: int = 100_000) -> Batcher:
+        batchers.append(Batcher(batch_rows=batch_rows, max_queue_rows=max_queue_rows))
+        batchers[-1].start()
+        return batchers[-1]
+
+    yield start
+    for batcher in batchers:
+        await batcher.stop()
+
+
+def rows(*values: float) -> sp.csr_matrix:
+    """One cell per value, which is the count of its first gene."""
+    return sp.csr_matrix(np.array([[value, 1] for value in values], dtype=np.float32))
+
+
+async def answered(batcher: Batcher, work: Work, counts: sp.csr_matrix) -> list[float]:
+    columns = await run_whole(batcher, work, counts)
+    return columns["first"].values.tolist()
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(5):
+        while not condition():
+            await asyncio.sleep(0.001)
+
+
+async def test_what_waits_runs_together(started, recording: RecordingTask, tiny: Model) -> None:
+    """While one chunk runs, what arrives is taken as one; an idle batcher runs a request at once."""
+    batcher, work = started(), Work(tiny, recording.task(), Options())
+    recording.gate.clear()
+    first = asyncio.create_task(answered(batcher, work, rows(1)))
+    await until(lambda: batcher._n_queued == 0 and bool(batcher._tickets))
+    others = [asyncio.create_task(answered(batcher, work, rows(value, value))) for value in (2, 3, 4)]
+    await until(lambda: batcher._n_queued == 6)
+    recording.gate.set()
+
+    assert await first == [1]
+    assert await asyncio.gather(*others) == [[2, 2], [3, 3], [4, 4]]
+    assert recording.chunks == [[1], [2, 2, 3, 3, 4, 4]]
+
+
+async def test_large_requests_are_split_and_small_ones_get_their_turn(started, recording: RecordingTask, tiny: Model) -> None:
+    """A request is cut into chunks of `batch_rows`; one that arrives behind it waits for one chunk, not for all."""
+    batcher, work = started(batch_rows=64), Work(tiny, recording.task(), Options())
+    recording.gate.clear()
+    large = asyncio.create_task(answered(batcher, work, rows(*range(1000))))
+    await until(lambda: batcher._n_queued == 1000 - 64)
+    small = asyncio.create_task(answered(batcher, work, rows(-1)))
+    await until(lambda: batcher._n_queued == 1000 - 64 + 1)
+    recording.gate.set()
+
+    assert await small == [-1]
+    assert await large == [float(value) for value in range(1000)]
+    assert max(len(chunk) for chunk in recording.chunks) == 64
+    assert next(number for number, chunk in enumerate(recording.chunks) if -1 in chunk) <= 2
+
+
+async def test_a_full_queue_refuses(started, recording: RecordingTask, tiny: Model) -> None:
+    """Beyond `max_queue_rows` a request is refused with the numbers and when to come back; nothing of it is queued."""
+    batcher, work = started(batch_rows=1, max_queue_rows=10), Work(tiny, recording.task(), Options())
+    recording.gate.clear()
+    waiting = asyncio.create_task(answered(batcher, work, rows(*range(9))))
+    await until(lambda: batcher._n_queued == 8)
+    with pytest.raises(QueueFull) as refused:
+        await answered(batcher, work, rows(1, 2, 3))
+
+    assert (refused.value.n_queued, refused.value.n_cells, refused.value.limit_rows) == (8, 3, 10)
+    assert refused.value.retry_after_seconds >= 1
+    assert batcher._n_queued == 8
+    recording.gate.set()
+    assert len(await waiting) == 9
+
+
+async def test_a_cancelled_request_leaves_the_queue(started, recording: RecordingTask, tiny: Model) -> None:
+    """Its rows are released and never run; requests behind it are answered."""
+    batcher, work = started(batch_rows=2), Work(tiny, recording.task(), Options())
+    recording.gate.clear()
+    running = asyncio.create_task(answered(batcher, work, rows(1, 1)))
+    await until(lambda: batcher._n_queued == 0 and bool(batcher._tickets))
+    leaving = asyncio.create_task(answered(batcher, work, rows(7, 7, 7)))
+    behind = asyncio.create_task(answered(batcher, work, rows(2)))
+    await until(lambda: batcher._n_queued == 4)
+    leaving.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await leaving
+
+    assert batcher._n_queued == 1
+    recording.gate.set()
+    assert await running == [1, 1]
+    assert await behind == [2]
+    assert not any(7 in chunk for chunk in recording.chunks)
+
+
+async def test_an_error_reaches_its_requests_only(started, recording: RecordingTask, tiny: Model) -> None:
+    """Requests of a chunk that fails get the error; later ones are answered and the queue is empty."""
+    batcher, work = started(batch_rows=4), Work(tiny, recording.task(), Options())
+    recording.poison = 13
+    with pytest.raises(RuntimeError, match="poisoned"):
+        await answered(batcher, work, rows(1, 13, 2, 3, 4, 5, 6, 7))
+
+    assert await answered(batcher, work, rows(1, 2)) == [1, 2]
+    assert batcher._n_queued == 0
+
+
+async def test_lanes_do_not_mix(started, tiny: Model) -> None:
+    """Another task, model or option never runs in the same chunk."""
+    one, two = RecordingTask(), RecordingTask()
+    batcher = started()
+    other_model = replace(tiny, manifest=tiny.manifest.model_copy(update={"version": "9"}))
+    works = [
+        Work(tiny, one.task(), NumberedOptions(number=1)),
+        Work(tiny, one.task(), NumberedOptions(number=2)),
+        Work(other_model, one.task(), NumberedOptions(number=1)),
+        Work(tiny, two.task("other"), NumberedOptions(number=1)),
+    ]
+    one.gate.clear()
+    two.gate.clear()
+    first = asyncio.create_task(answered(batcher, works[0], rows(0)))
+    await until(lambda: batcher._n_queued == 0 and bool(batcher._tickets))
+    tasks = [asyncio.create_task(answered(batcher, work, rows(number, number))) for number, work in enumerate(works, 1) for _ in (1, 2)]
+    await until(lambda: batcher._n_queued == 16)
+    one.gate.set()
+    two.gate.set()
+    await asyncio.gather(first, *tasks)
+
+    assert sorted(one.chunks) == [[0], [1] * 4, [2] * 4, [3] * 4]
+    assert two.chunks == [[4] * 4]
+
+
+async def test_a_client_that_does_not_read(started, recording: RecordingTask, tiny: Model) -> None:
+    """Its answer stops growing after a few chunks, others go on, and when it reads again it gets the rest in order."""
+    batcher, work = started(batch_rows=1), Work(tiny, recording.task(), Options())
+    answer = batcher.run(work, rows(*range(50)))
+    received = [(await anext(answer))["first"].values.tolist()]
+    await until(lambda: len(recording.chunks) >= module.MAX_WAITING_CHUNKS)
+    assert await answered(batcher, work, rows(99)) == [99]
+    assert len(recording.chunks) <= module.MAX_WAITING_CHUNKS + 3
+
+    async for columns in answer:
+        received.append(columns["first"].values.tolist())
+    assert received == [[float(value)] for value in range(50)]
+
+
+async def test_stop(started, recording: RecordingTask, tiny: Model) -> None:
+    """Stopping ends what waits with an error, lets the running chunk complete, and takes nothing new."""
+    batcher, work = started(batch_rows=1), Work(tiny, recording.task(), Options())
+    recording.gate.clear()
+    waiting = asyncio.create_task(answered(batcher, work, rows(1, 2, 3)))
+    await until(lambda: batcher._n_queued == 2)
+    stopping = asyncio.create_task(batcher.stop())
+    await asyncio.sleep(0)
+    recording.gate.set()
+    await stopping
+
+    with pytest.raises(ShuttingDown):
+        await waiting
+    with pytest.raises(ShuttingDown):
+        await answered(batcher, work, rows(1))
+
+
+async def test_timing(started, recording: RecordingTask, tiny: Model) -> None:
+    """A request learns how long it waited and ran."""
+    timing = Timing()
+    batcher, work = started(), Work(tiny, recording.task(), Options())
+    recording.gate.clear()
+    task = asyncio.create_task(anext(batcher.run(work, rows(1), timing)))
+    await asyncio.sleep(0.02)
+    recording.gate.set()
+    await task
+
+    assert timing.compute_seconds > 0.01
+    assert 0 <= timing.queue_seconds < timing.compute_seconds
+
+
+@settings(max_examples=25, deadline=None)
+@given(sizes=st.lists(st.integers(1, 40), min_size=1, max_size=12), batch_rows=st.integers(1, 50))
+def test_every_request_gets_its_own_cells_in_order(tiny: Model, sizes: list[int], batch_rows: int) -> None:
+    """Whatever the sizes and the chunk, each request gets exactly its cells, in order."""
+
+    async def ask() -> list[list[float]]:
+        batcher = Batcher(batch_rows=batch_rows, max_queue_rows=10_000)
+        batcher.start()
+        work = Work(tiny, RecordingTask().task(), Options())
+        starts = np.cumsum([0, *sizes])
+        answers = await asyncio.gather(
+            *(answered(batcher, work, rows(*range(start, start + size))) for start, size in zip(starts, sizes, strict=False))
+        )
+        await batcher.stop()
+        return answers
+
+    answers = asyncio.run(ask())
+    assert [value for answer in answers for value in answer] == list(range(sum(sizes)))

@@ -1,0 +1,115 @@
+"""Sessions: signatures, fixed shapes, threads and providers."""
+
+from pathlib import Path
+
+import numpy as np
+import onnxruntime as ort
+import pytest
+
+from service.contract.manifest import Graph
+from service.errors import InvalidArtifact, ProviderUnavailable
+from service.inference import session as module
+from service.inference.session import SHAPES, Runtime, Session, _quota, choose_runtime, usable_cpus
+from tests.builders import N_GENES, counts, graphs, parts
+
+
+def signature(graph: str) -> Graph:
+    return Graph.model_validate(parts()[0]["graphs"][graph])
+
+
+@pytest.fixture(scope="module")
+def encode() -> Session:
+    return Session(graphs()["encode"], signature("encode"), Runtime(), "encode.onnx")
+
+
+@pytest.mark.parametrize("n_cells", [1, 2, 8, 9, 64, 255, 256, 257, 600])
+def test_any_number_of_rows(encode: Session, n_cells: int) -> None:
+    """Padding and splitting leave no trace: each row is as ONNX Runtime gives it for all rows at once."""
+    dense = counts(n_cells).toarray()
+    expected = ort.InferenceSession(graphs()["encode"], providers=["CPUExecutionProvider"]).run(None, {"counts": dense})[0]
+    latent = encode.run({"counts": dense})["latent"]
+
+    assert latent.shape == (n_cells, 5)
+    # 1e-6: float32 sums of 40 terms may be added up in another order for another shape.
+    np.testing.assert_allclose(latent, expected, atol=1e-6)
+
+
+class OnesWithAMood(ort.InferenceSession):
+    """A runtime whose answer depends on the number of rows, as nothing forbids."""
+
+    def __init__(self, odd_shapes: tuple[int, ...], by_place: bool = False) -> None:
+        self._odd_shapes = odd_shapes
+        self._by_place = by_place
+
+    def run(self, outputs, inputs):
+        rows = len(inputs["counts"])
+        place = np.arange(rows, dtype=np.float32)[:, None] if self._by_place else 0
+        return [np.ones((rows, 5), np.float32) + (1e-7 if rows in self._odd_shapes else 0) * (1 + place)]
+
+
+@pytest.mark.parametrize(("odd_shapes", "kept"), [((), SHAPES), ((8,), (1, 64, 256)), ((1, 64), (8, 256))])
+def test_shapes_with_other_bits_are_not_used(encode: Session, monkeypatch: pytest.MonkeyPatch, odd_shapes, kept) -> None:
+    """A shape that gives the golden cells other bits than the largest is dropped."""
+    monkeypatch.setattr(encode, "_session", OnesWithAMood(odd_shapes))
+    monkeypatch.setattr(encode, "shapes", SHAPES)
+    encode.prove_shapes({"counts": counts(5).toarray()})
+
+    assert encode.shapes == kept
+
+
+def test_a_shape_that_disagrees_with_itself(encode: Session, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a cell's bits depend on its place, cells run alone."""
+    monkeypatch.setattr(encode, "_session", OnesWithAMood((8, 64, 256), by_place=True))
+    monkeypatch.setattr(encode, "shapes", SHAPES)
+    encode.prove_shapes({"counts": counts(5).toarray()})
+
+    assert encode.shapes == (1,)
+
+
+def test_another_signature_is_refused() -> None:
+    """A graph whose inputs are not those of the manifest is refused with what it has."""
+    with pytest.raises(InvalidArtifact, match=r"its inputs are counts tensor\(float\)"):
+        Session(graphs(n_genes=N_GENES + 1)["encode"], signature("encode"), Runtime(), "encode.onnx")
+    with pytest.raises(InvalidArtifact, match="its inputs are latent"):
+        Session(graphs()["classify"], signature("encode"), Runtime(), "encode.onnx")
+
+
+def test_bytes_that_are_no_graph() -> None:
+    """What ONNX Runtime cannot read is an invalid artifact, with its reason."""
+    with pytest.raises(InvalidArtifact, match="ONNX Runtime refuses it"):
+        Session(b"nonsense", signature("encode"), Runtime(), "encode.onnx")
+
+
+def test_a_provider_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without CUDA, asking for it is an error, and a fallback only where it is allowed."""
+    monkeypatch.setattr(module, "_cuda_works", lambda: False)
+    with pytest.raises(ProviderUnavailable, match="CELLSERVE_ALLOW_PROVIDER_FALLBACK"):
+        choose_runtime("cuda", 3, allow_fallback=False)
+
+    assert choose_runtime("cuda", 3, allow_fallback=True) == Runtime("cpu", 3)
+
+
+def test_threads_are_the_cpus_that_may_be_used() -> None:
+    """By default as many threads as usable CPUs; a setting wins."""
+    assert choose_runtime("cpu", None, allow_fallback=False).n_threads == usable_cpus() >= 1
+    assert choose_runtime("cpu", 7, allow_fallback=False).n_threads == 7
+
+
+@pytest.mark.parametrize(
+    ("files", "cpus"),
+    [
+        ({"cpu.max": "max 100000\n"}, None),
+        ({"cpu.max": "150000 100000\n"}, 1.5),
+        ({"cpu.max": "20000 100000\n"}, 1.0),
+        ({"cpu/cpu.cfs_quota_us": "-1\n", "cpu/cpu.cfs_period_us": "100000\n"}, None),
+        ({"cpu/cpu.cfs_quota_us": "300000\n", "cpu/cpu.cfs_period_us": "100000\n"}, 3.0),
+        ({}, None),
+    ],
+)
+def test_quota(tmp_path: Path, files: dict[str, str], cpus: float | None) -> None:
+    """Control groups of version 2 and 1 are understood; a quota below one CPU counts as one."""
+    for name, content in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(content)
+
+    assert _quota(tmp_path) == cpus

@@ -1,0 +1,71 @@
+"""The commands, as a user types them."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.training.tiny import SETTINGS
+from training import cli
+
+
+@pytest.fixture
+def command(tiny_sets: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    """Run `python -m training <words>` in an empty directory that has tiny.yaml; gives exit code, output and errors."""
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(SETTINGS))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(cli.console, "width", 200)
+
+    def run(*words: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["training", *words])
+        with pytest.raises(SystemExit) as stopped:
+            cli.main()
+        captured = capsys.readouterr()
+        return int(stopped.value.code or 0), captured.out, captured.err
+
+    return run
+
+
+def test_from_counts_to_a_version_and_back(command, tmp_path: Path) -> None:
+    """fit, evaluate, export, reproduce; reproduce fails where a graph differs."""
+    code, out, _ = command("fit", "tiny.yaml", "--output", "run", "--set", "fit.max_epochs=2")
+    assert code == 0
+    assert "of 2, validation loss" in out
+    assert "cells/s" in out
+    code, out, _ = command("evaluate", "run")
+    assert (code, "tiny_a → tiny_b" in out) == (0, True)
+    code, out, _ = command("export", "run")
+    assert (code, out.strip()) == (0, "models_store/tiny/1")
+    code, out, _ = command("reproduce", "tiny.yaml", "--set", "fit.max_epochs=2")
+    assert (code, out.count("yes")) == (0, 3)
+    code, out, _ = command("reproduce", "tiny.yaml", "--set", "fit.max_epochs=2", "--set", "seed=1")
+    assert (code, out.count("no ")) == (1, 3)
+    code, _, err = command("export", "run", "--version", "1")
+    assert (code, "exists" in err) == (2, True)
+
+
+def test_data_sets_are_listed(command) -> None:
+    """With shape, licence and whether they are here."""
+    code, out, _ = command("datasets")
+    assert code == 0
+    for words in ("pbmc_facs", "2,638 cells", "CC BY 4.0", "pbmc_meta.rda", "Cache:"):
+        assert words in out
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("fit", "absent.yaml", "--output", "run"), "absent.yaml cannot be read"),
+        (("fit", "tiny.yaml", "--output", "run", "--device", "tpu"), "fit.device"),
+        (("export", "nowhere"), "nowhere holds no finished run"),
+        (("fit", "tiny.yaml", "--output", "run", "--set", "data=[none]"), "There is no data set 'none'"),
+        (("reproduce", "tiny.yaml"), "There is no model 'tiny'"),
+    ],
+)
+def test_errors_are_one_sentence(command, words: tuple[str, ...], message: str) -> None:
+    """No traceback, exit code 2."""
+    code, out, err = command(*words)
+    assert code == 2
+    assert message in err
+    assert "Traceback" not in out + err

@@ -1,0 +1,161 @@
+"""Exporting: the code that serves gives torch's numbers, the bytes repeat, and a failure leaves nothing behind."""
+
+import io
+import re
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+
+from service.contract import artifact
+from service.contract.store import Store
+from service.errors import VersionExists
+from service.inference import model as serving
+from service.inference.session import Runtime
+from tests.training.tiny import tiny_config
+from training import export as exporting
+from training import parity, run
+from training.manifest import golden_inputs
+from training.onnx_graph import OPSET
+
+FamilyRun = tuple[run.Run, Path]
+
+
+@pytest.fixture(scope="session")
+def exported(family_run: FamilyRun, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The version directory of each family's tiny run."""
+    return exporting.export(family_run[0], tmp_path_factory.mktemp("store"))
+
+
+def test_what_is_served_is_what_was_trained(family_run: FamilyRun, exported: Path) -> None:
+    """Through the serving code, latent within 1e-4, probabilities within 1e-5 and expression within 1e-4 of its largest value."""
+    made = family_run[0]
+    model = serving.load(artifact.read(exported), Runtime())
+    cells = made.test_cells
+    library = np.asarray(cells.X.sum(axis=1), dtype=np.float32).ravel()
+    batch = np.zeros(cells.n_obs, dtype=np.int64)
+    torch_says = parity.run_torch(made.family, {"counts": cells.X.toarray(), "library": library, "batch": batch})
+    latent = model.encode(cells.X)
+    np.testing.assert_allclose(latent, torch_says["encode/latent"], rtol=0, atol=1e-4)
+    np.testing.assert_allclose(
+        model.classify(latent)["cell_type"], torch_says["classify/probabilities_cell_type"], rtol=0, atol=1e-5
+    )
+    expression = model.decode(latent, library, batch="tiny_a")
+    expected = torch_says["decode/expression"]
+    np.testing.assert_allclose(expression, expected, rtol=0, atol=1e-4 * expected.max())
+
+
+def test_an_empty_cell_gives_finite_numbers(exported: Path) -> None:
+    """The last golden cell has no counts, and every output of it is finite."""
+    golden = artifact.read(exported).golden()
+    assert golden["encode/counts"][-1].sum() == 0
+    assert all(np.isfinite(array).all() for array in golden.values())
+
+
+def test_training_twice_gives_the_same_bytes(family_run: FamilyRun, exported: Path, tmp_path: Path) -> None:
+    """Not only the graphs: genes and golden cells too."""
+    again = run.fit(family_run[0].config, tmp_path / "run", show_progress=False)
+    path = exporting.export(again, tmp_path / "store")
+    names = [file.name for file in exported.iterdir() if file.suffix in (".onnx", ".npz", ".tsv")]
+    assert len(names) == 5
+    assert [(path / name).read_bytes() for name in names] == [(exported / name).read_bytes() for name in names]
+
+
+def test_graphs_say_nothing_of_this_machine(exported: Path) -> None:
+    """No path, no host, no version of the exporter; one opset; only the number of cells is free."""
+    root = str(Path(__file__).parents[2]).encode()
+    for path in exported.glob("*.onnx"):
+        content = path.read_bytes()
+        assert root not in content
+        assert not re.search(rb"site-packages|\.py\b|pytorch", content)
+        model = onnx.load_from_string(content)
+        assert [opset.version for opset in model.opset_import] == [OPSET]
+        for value in (*model.graph.input, *model.graph.output):
+            axes = value.type.tensor_type.shape.dim
+            assert axes[0].dim_param == "n"
+            assert all(axis.dim_value > 0 for axis in axes[1:])
+
+
+def test_an_export_outside_the_tolerance_leaves_nothing(
+    family_run: FamilyRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The output, the difference and the tolerance are named."""
+    monkeypatch.setitem(parity.ABSOLUTE, "latent", 1e-12)
+    with pytest.raises(parity.OutsideTolerance, match=r"encode/latent differs by .* 1e-12 is allowed"):
+        exporting.export(family_run[0], tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_nan_is_outside_every_tolerance() -> None:
+    """A comparison with NaN is false, and must not pass."""
+    with pytest.raises(parity.OutsideTolerance):
+        parity.compare({"encode/latent": np.full((1, 1), np.nan)}, {"encode/latent": np.zeros((1, 1))})
+
+
+def test_a_version_too_large_is_refused(family_run: FamilyRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before anything is written."""
+    monkeypatch.setattr(exporting, "MAX_BYTES", 1000)
+    with pytest.raises(exporting.ArtifactTooLarge, match="1,000 are allowed"):
+        exporting.export(family_run[0], tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_versions_count_up_and_the_first_is_the_default(family_run: FamilyRun, tmp_path: Path) -> None:
+    """Without a version the next integer is taken; only an alias that is asked for moves; a version is never replaced."""
+    made = family_run[0]
+    store = Store(tmp_path)
+    assert [exporting.export(made, tmp_path).name for _ in range(2)] == ["1", "2"]
+    assert store.aliases("tiny") == {"default": "1"}
+    exporting.export(made, tmp_path, version="ten", alias="default")
+    assert store.aliases("tiny") == {"default": "ten"}
+    with pytest.raises(VersionExists):
+        exporting.export(made, tmp_path, version="2")
+
+
+def test_the_manifest_says_where_the_model_comes_from(exported: Path, family_run: FamilyRun) -> None:
+    """Seed, commit, packages, parity of every output, and figures of this very model."""
+    manifest = artifact.read_manifest(exported)
+    assert manifest.provenance.seed == 0
+    assert set(manifest.provenance.packages) >= {"torch", "onnxruntime", "python"}
+    assert manifest.provenance.config == family_run[0].config.model_dump(mode="json")
+    assert set(manifest.parity.outputs) == {"encode/latent", "decode/expression", "classify/probabilities_cell_type"}
+    assert set(manifest.metrics) >= {"accuracy_held_out_tiny_a", "macro_f1_held_out_tiny_b"}
+    card = artifact.read(exported).card
+    assert card.startswith("# tiny@1")
+    assert "CL:0000236" in card
+    assert "Served against trained" in card
+
+
+def test_golden_cells_are_held_out(exported: Path, family_run: FamilyRun) -> None:
+    """None of them was trained on."""
+    made = family_run[0]
+    with np.load(io.BytesIO((exported / "golden.npz").read_bytes()), allow_pickle=False) as arrays:
+        golden = arrays["encode/counts"][:-1]
+    trained_on = {row.tobytes() for row in made.prepared.train.counts.toarray()}
+    assert len(golden) == 4
+    assert not any(row.tobytes() in trained_on for row in golden)
+
+
+def test_a_model_without_labels_is_exported_without_classify(tiny_sets: None, tmp_path: Path) -> None:
+    """Graphs that a model lacks are left out; nothing else changes."""
+    made = run.fit(tiny_config(labels=[]), tmp_path / "run", show_progress=False)
+    manifest = artifact.read_manifest(exporting.export(made, tmp_path / "store"))
+    assert set(manifest.graphs) == {"encode", "decode"}
+    assert manifest.labels == ()
+    assert manifest.metrics == {}
+
+
+def test_tolerances_are_those_promised() -> None:
+    """README and docs promise these."""
+    assert parity.ABSOLUTE == {"latent": 1e-4, "probabilities": 1e-5}
+    assert parity.tolerance("decode/expression", np.array([200.0])) == pytest.approx(0.02)
+
+
+def test_torch_reference_is_float64(family_run: FamilyRun) -> None:
+    """The network that was trained is compared in float64 and stays float32 itself."""
+    made = family_run[0]
+    inputs = golden_inputs(made)
+    assert all(array.dtype == np.float64 for array in parity.run_torch(made.family, inputs).values())
+    assert all(parameter.dtype == torch.float32 for parameter in made.family.parameters())

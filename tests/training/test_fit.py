@@ -1,0 +1,181 @@
+"""Fitting: the same run gives the same weights, broken or not; the device; Ctrl-C."""
+
+import csv
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import lightning
+import numpy as np
+import pytest
+import torch
+
+from tests.training.tiny import SETTINGS, tiny_config
+from training import fit as fitting
+from training import run
+from training.config import Config
+from training.data.prepared import Prepared, prepare, split_reference
+from training.data.reference import load_reference
+from training.progress import MetricsLog
+
+
+@pytest.fixture
+def prepared(tiny_sets: None) -> Prepared:
+    """The tiny sets as a family is fitted to them."""
+    config = tiny_config()
+    reference = load_reference(config.data)
+    return prepare(config, reference, split_reference(config, reference))
+
+
+def weights(config: Config, prepared: Prepared, directory: Path, resume: bool = False) -> dict[str, bytes]:
+    """All weights after a fit, as bytes."""
+    fitted = fitting.fit(config, prepared, directory, resume, show_progress=False)
+    return {name: tensor.numpy().tobytes() for name, tensor in fitted.family.state_dict().items()}
+
+
+def with_fit(**changes: Any) -> Config:
+    """The tiny configuration with other settings of `fit`."""
+    return tiny_config(fit={**SETTINGS["fit"], **changes})
+
+
+class PowerCut(Exception):
+    """The process ends in the middle of an epoch."""
+
+
+class CutInThirdEpoch(MetricsLog):
+    """A log that ends the run after two epochs and one minibatch."""
+
+    def on_train_batch_end(self, trainer: lightning.Trainer, *_: Any) -> None:
+        if trainer.current_epoch == 2:
+            raise PowerCut
+
+
+class InterruptInSecondEpoch(MetricsLog):
+    """A log during whose second epoch somebody presses Ctrl-C."""
+
+    def on_train_batch_end(self, trainer: lightning.Trainer, *_: Any) -> None:
+        if trainer.current_epoch == 1 and trainer.global_step == trainer.num_training_batches + 1:
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_resuming_equals_never_having_stopped(
+    prepared: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run that was cut and resumed ends with the same bits and the same log as one that was not, schedule and noise included."""
+    config = with_fit(max_epochs=5, patience=5, schedule="one_cycle", thinning=0.5, gene_dropout=0.1)
+    unbroken = weights(config, prepared, tmp_path / "unbroken")
+    with monkeypatch.context() as patch:
+        patch.setattr(fitting, "MetricsLog", CutInThirdEpoch)
+        with pytest.raises(PowerCut):
+            weights(config, prepared, tmp_path / "broken")
+    assert weights(config, prepared, tmp_path / "broken", resume=True) == unbroken
+
+    def log(name: str) -> list[dict[str, str]]:
+        with (tmp_path / name / "metrics.csv").open(newline="") as file:
+            return [{key: value for key, value in row.items() if key != "seconds"} for row in csv.DictReader(file)]
+
+    assert log("broken") == log("unbroken")
+    assert [row["epoch"] for row in log("broken")] == ["0", "1", "2", "3", "4"]
+
+
+def test_two_runs_give_the_same_weights(prepared: Prepared, tmp_path: Path) -> None:
+    """Nothing but the configuration decides, not even what was drawn before."""
+    first = weights(tiny_config(), prepared, tmp_path / "a")
+    torch.manual_seed(123)
+    np.random.default_rng().random()
+    assert weights(tiny_config(), prepared, tmp_path / "b") == first
+
+
+def test_another_seed_gives_other_weights(prepared: Prepared, tmp_path: Path) -> None:
+    """The seed of the configuration is used."""
+    assert weights(tiny_config(seed=1), prepared, tmp_path / "a") != weights(tiny_config(), prepared, tmp_path / "b")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"rows": 16},
+        {"learning_rate": 1e-2},
+        {"weight_decay": 0.5},
+        {"gradient_clip": 1e-3},
+        {"thinning": 0.5},
+        {"gene_dropout": 0.5},
+        {"balance": 1.0},
+        {"schedule": "one_cycle"},
+        {"precision": "bf16-mixed"},
+    ],
+    ids=lambda change: next(iter(change)),
+)
+def test_every_setting_of_fit_has_an_effect(prepared: Prepared, tmp_path: Path, change: dict[str, Any]) -> None:
+    """A setting that is accepted is used."""
+    base = weights(with_fit(max_epochs=1), prepared, tmp_path / "base")
+    assert weights(with_fit(max_epochs=1, **change), prepared, tmp_path / "changed") != base
+
+
+def test_ctrl_c_keeps_the_best_model(prepared: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The epoch that is running is finished, and the best epoch so far is returned."""
+    before = signal.getsignal(signal.SIGINT)
+    monkeypatch.setattr(fitting, "MetricsLog", InterruptInSecondEpoch)
+    fitted = fitting.fit(with_fit(max_epochs=50), prepared, tmp_path, show_progress=False)
+    assert fitted.is_interrupted
+    assert fitted.n_epochs == 2
+    assert fitted.best_epoch in (0, 1)
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_early_stopping_returns_the_best_epoch(prepared: Prepared, tmp_path: Path) -> None:
+    """Training stops `patience` epochs after the best one, whose weights are returned."""
+    fitted = fitting.fit(
+        with_fit(max_epochs=60, patience=1, learning_rate=0.1), prepared, tmp_path, show_progress=False
+    )
+    assert fitted.n_epochs < 60
+    assert fitted.best_epoch == fitted.n_epochs - 2
+
+
+def test_cuda_that_is_absent_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Asking for a device never falls back in silence."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(fitting.DeviceUnavailable, match="--device cpu"):
+        fitting.choose_accelerator("cuda")
+    assert fitting.choose_accelerator("auto") == "cpu"
+
+
+def test_thinned_counts_are_counts() -> None:
+    """Thinning keeps counts whole and never adds any; about the drawn share is kept."""
+    torch.manual_seed(0)
+    counts = torch.full((200, 50), 20.0)
+    thinned = fitting.corrupt(counts, thinning=0.7, gene_dropout=0.0)
+    assert torch.equal(thinned, thinned.round())
+    assert (thinned <= counts).all()
+    assert abs(float(thinned.mean()) / 20 - 0.65) < 0.05
+
+
+def test_a_run_directory_reads_back(family_run: tuple[run.Run, Path]) -> None:
+    """Weights, genes and split come back as they were, and nothing of ours is a pickle."""
+    made, directory = family_run
+    again = run.load(directory)
+    assert again.config == made.config
+    assert again.split == made.split
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(again.family.state_dict().values(), made.family.state_dict().values(), strict=True)
+    )
+    assert {path.name for path in directory.iterdir()} == {
+        "config.yaml", "split.json", "genes.tsv", "weights.npz", "provenance.json", "metrics.csv", "checkpoints",
+    }  # fmt: skip
+
+
+def test_a_run_is_not_overwritten(family_run: tuple[run.Run, Path]) -> None:
+    """A second fit into the same directory needs --resume, and the same configuration."""
+    made, directory = family_run
+    with pytest.raises(run.RunExists, match="--resume"):
+        run.fit(made.config, directory)
+    with pytest.raises(run.RunExists, match="another configuration"):
+        run.fit(made.config.model_copy(update={"seed": 7}), directory, resume=True)
+
+
+def test_a_directory_without_a_run_is_an_error(tmp_path: Path) -> None:
+    """What is missing is named."""
+    with pytest.raises(run.NotARun, match=r"weights\.npz"):
+        run.load(tmp_path)
