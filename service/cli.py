@@ -5,7 +5,6 @@ from typing import Annotated, NoReturn
 
 import anndata as ad
 import typer
-from pydantic import ValidationError
 from rich.console import Console
 from rich.table import Table
 
@@ -117,8 +116,7 @@ def run_task(
     task: Task, model: Model, adata: ad.AnnData, options: dict[str, str], layer: str | None, gene_key: str | None
 ) -> ad.AnnData:
     """Answer cells in this process with the code of the service; arguments, answer and errors as of `Client.run`."""
-    chosen = task.options.model_validate(options)
-    chosen.check(model)
+    chosen = task.read_options(options, model)
     counts, genes, source = find_counts(adata, layer, gene_key)
     query = prepare(model, Cells(genes=tuple(genes), counts=counts, cell_ids=tuple(adata.obs_names)))
     writer = ArrowWriter()
@@ -148,11 +146,12 @@ def _add_command(task: Task) -> None:
         where, settings = _store(store)
         runtime = choose_runtime(settings.provider, settings.threads, settings.allow_provider_fallback)
         loaded = load(artifact.read(where.path(where.resolve(model))), runtime)
-        options = dict(item.split("=", 1) for item in option or [] if "=" in item)
-        try:
-            answer = run_task(task, loaded, ad.read_h5ad(source), options, layer, gene_key)
-        except ValidationError as error:
-            _fail(str(error))
+        pairs = [item.partition("=") for item in option or []]
+        if unlike := next((name for name, separator, _ in pairs if not separator), None):
+            _fail(f"'{unlike}' is not of the form name=value.")
+        answer = run_task(
+            task, loaded, ad.read_h5ad(source), {name: value for name, _, value in pairs}, layer, gene_key
+        )
         answer.write_h5ad(target)
         console.print(f"{answer.n_obs:,} cells answered by {loaded.id}, written to {target}")
 

@@ -47,7 +47,9 @@ async def serving(store: Path, is_loaded: bool = True, **changes: Any) -> AsyncI
     if is_loaded:
         models.load_all()
     batcher = Batcher(batch_rows=changes.pop("batch_rows", 256), max_queue_rows=changes.pop("max_queue_rows", 10_000))
-    intake = Intake(changes.pop("max_body_bytes", 2**24), changes.pop("max_bytes_in_flight", 2**25), changes.pop("body_timeout", 5))
+    intake = Intake(
+        changes.pop("max_body_bytes", 2**24), changes.pop("max_bytes_in_flight", 2**25), changes.pop("body_timeout", 5)
+    )
     numbers = {"max_cells": 5_000, "max_decoded_bytes": 2**26, "timeout_seconds": 10.0, **changes}
     with ThreadPoolExecutor(2) as parsers:
         state = State(models=models, batcher=batcher, intake=intake, parsers=parsers, **numbers)

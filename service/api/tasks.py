@@ -4,7 +4,6 @@ import asyncio
 import time
 from collections.abc import AsyncIterator
 
-from pydantic import ValidationError
 from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 
@@ -21,7 +20,7 @@ from service.inference import TASKS
 from service.inference.batcher import Timing, Work
 from service.inference.model import Model
 from service.inference.query import Query, prepare
-from service.inference.task import Options, Task
+from service.inference.task import Task
 
 MODEL_OPTION = "model"
 
@@ -37,7 +36,7 @@ def endpoint(task: Task) -> Endpoint:
         body_type = body_format(request.headers.get("content-type"))
         answer_type = answer_format(request.headers.get("accept"), body_type)
         model = find_model(app, request, task)
-        work = Work(model=model, task=task, options=read_options(request, task, model))
+        work = Work(model=model, task=task, options=task.read_options(query_options(request), model))
         async with app.intake.body(request) as body, cancelled_on_disconnect(request):
             loop = asyncio.get_running_loop()
             query, seconds = await loop.run_in_executor(app.parsers, _read, app, model, body_type, body)
@@ -64,26 +63,17 @@ def offers(model: Model, task: Task) -> bool:
     return set(task.graphs) <= set(model.sessions)
 
 
-def read_options(request: Request, task: Task, model: Model) -> Options:
-    """The task's options from the query.
+def query_options(request: Request) -> dict[str, str]:
+    """The task's options in the query.
 
     Raises:
-        InvalidOption: an option is unknown, occurs twice, or has a value that is not allowed.
+        InvalidOption: an option is given more than once.
     """
     items = request.query_params.multi_items()
     names = [name for name, _ in items]
     if twice := next((name for name in names if names.count(name) > 1), None):
         raise InvalidOption(name=twice[:60], problem="it is given more than once.")
-    try:
-        options = task.options.model_validate({name: value for name, value in items if name != MODEL_OPTION})
-    except ValidationError as error:
-        first = error.errors(include_url=False, include_input=False)[0]
-        name = str(first["loc"][0]) if first["loc"] else "?"
-        known = ", ".join((MODEL_OPTION, *task.options.model_fields))
-        reason = f"unknown; {task.name} takes {known}" if first["type"] == "extra_forbidden" else first["msg"]
-        raise InvalidOption(name=name[:60], problem=f"{reason}.") from None
-    options.check(model)
-    return options
+    return {name: value for name, value in items if name != MODEL_OPTION}
 
 
 def _read(app: State, model: Model, body_type: Format, body: bytes) -> tuple[Query, dict[str, float]]:

@@ -1,12 +1,13 @@
 """What a task is: the thing that a client asks for, as one frozen value."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import scipy.sparse as sp
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from service.cells.columns import Columns
+from service.errors import InvalidOption
 from service.inference.model import Model
 
 
@@ -43,3 +44,20 @@ class Task:
     """(model, counts aligned to its genes, options) → columns, one entry per cell. A cell's values do not depend on other cells."""
 
     options: type[Options] = Options
+
+    def read_options(self, values: Mapping[str, str], model: Model) -> Options:
+        """The options as a person wrote them, checked.
+
+        Raises:
+            InvalidOption: an option is unknown, or has a value that is not allowed or that the model cannot serve.
+        """
+        try:
+            options = self.options.model_validate(values)
+        except ValidationError as error:
+            first = error.errors(include_url=False, include_input=False)[0]
+            name = str(first["loc"][0]) if first["loc"] else "?"
+            known = ", ".join(self.options.model_fields) or "no options"
+            reason = f"unknown; {self.name} takes {known}" if first["type"] == "extra_forbidden" else first["msg"]
+            raise InvalidOption(name=name[:60], problem=f"{reason}.") from None
+        options.check(model)
+        return options

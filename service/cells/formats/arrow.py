@@ -42,7 +42,7 @@ def read(body: bytes, max_decoded_bytes: int) -> Cells:
             batches = list(reader)
         for batch in batches:
             batch.validate(full=True)
-    except (pa.ArrowException, struct.error, OSError, EOFError) as error:
+    except (pa.ArrowException, struct.error, OSError, EOFError, UnicodeDecodeError) as error:
         raise MalformedBody(problem=f"The body is not a whole Arrow IPC stream: {str(error)[:200]}.") from None
     n_cells = sum(batch.num_rows for batch in batches)
     # Readers take the end of the bytes for the end of the stream; a connection that broke between two batches must not look whole.

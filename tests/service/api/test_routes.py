@@ -73,7 +73,10 @@ async def test_metrics(client: httpx.AsyncClient) -> None:
     assert len((await client.get("/metrics")).text.splitlines()) == before
 
 
-@pytest.mark.parametrize(("sent", "kept"), [("abc-123", True), ("a" * 128, True), ("", False), ("a" * 129, False), ("a b", False), ("ä", False)])
+@pytest.mark.parametrize(
+    ("sent", "kept"),
+    [("abc-123", True), ("a" * 128, True), ("", False), ("a" * 129, False), ("a b", False), ("ä", False)],
+)
 async def test_request_id(client: httpx.AsyncClient, sent: str, kept: bool) -> None:
     """A usable id of the client is kept, any other is replaced by one of ours."""
     given = (await client.get("/livez", headers={"X-Request-ID": sent.encode()})).headers["x-request-id"]
@@ -131,5 +134,7 @@ def application(tmp_path_factory: pytest.TempPathFactory):
 def test_any_documented_request(application: str, case: schemathesis.Case) -> None:
     """Whatever a client sends to a documented path, the answer is a documented one, and never a 500."""
     case.call_and_validate(
-        base_url=application, checks=[not_a_server_error, status_code_conformance, response_schema_conformance], timeout=20
+        base_url=application,
+        checks=[not_a_server_error, status_code_conformance, response_schema_conformance],
+        timeout=20,
     )

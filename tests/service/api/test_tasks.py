@@ -39,7 +39,12 @@ async def test_every_task_answers(client: httpx.AsyncClient, task: str) -> None:
     assert document["genes"]["gene_overlap"] == 1
     assert document["counts"] == {"n_cells": 3, "n_empty": 0, "warnings": []}
     assert answer.headers["x-cellserve-model"] == "tiny@1"
-    assert [part.split(";")[0] for part in answer.headers["server-timing"].split(", ")] == ["parse", "align", "queue", "compute"]
+    assert [part.split(";")[0] for part in answer.headers["server-timing"].split(", ")] == [
+        "parse",
+        "align",
+        "queue",
+        "compute",
+    ]
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -85,7 +90,9 @@ async def test_pieces_join(tiny_path: Path, task: str) -> None:
         ("/v1/embed/", JSON, BODY, (404, "not_found")),
     ],
 )
-async def test_refusals(client: httpx.AsyncClient, path: str, headers: dict[str, str], body: bytes, expected: tuple[int, str]) -> None:
+async def test_refusals(
+    client: httpx.AsyncClient, path: str, headers: dict[str, str], body: bytes, expected: tuple[int, str]
+) -> None:
     """Each wrong thing has its status and its code, as a problem document."""
     assert code_of(await client.post(path, content=body, headers=headers)) == expected
 
@@ -100,8 +107,8 @@ async def test_wrong_method(client: httpx.AsyncClient) -> None:
 
 async def test_a_task_that_the_model_lacks(tmp_path: Path) -> None:
     """Without its graph a task is not offered; what is offered is said, and works."""
-    from tests.builders import parts
     from service.contract import artifact
+    from tests.builders import parts
 
     document, contents = parts()
     for part in (document["graphs"], document["golden"]["tolerance"]):
@@ -123,7 +130,9 @@ async def test_several_models(tmp_path: Path) -> None:
     write_artifact(tmp_path, name="two", seed=1)
     async with serving(tmp_path) as client:
         assert code_of(await client.post("/v1/embed", content=BODY, headers=JSON)) == (404, "model_not_found")
-        answers = [await client.post(f"/v1/embed?model={name}", content=BODY, headers=JSON) for name in ("one", "two@1")]
+        answers = [
+            await client.post(f"/v1/embed?model={name}", content=BODY, headers=JSON) for name in ("one", "two@1")
+        ]
     assert [answer.headers["x-cellserve-model"] for answer in answers] == ["one@1", "two@1"]
     assert answers[0].json()["cells"] != answers[1].json()["cells"]
 
@@ -243,7 +252,9 @@ class TestLimits:
             gate.set()
 
 
-async def test_an_unexpected_error(client: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+async def test_an_unexpected_error(
+    client: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     """What nobody foresaw is a 500 problem without a trace of the inside; the trace is in the log, with the request id."""
 
     def broken(*arguments: object) -> None:

@@ -37,7 +37,9 @@ def test_order_leaves_no_trace(order: list[int]) -> None:
 @given(data=st.data())
 def test_columns_of_one_gene_are_summed(data: st.DataObject) -> None:
     """Counts that are spread over several columns of a gene, by whichever of its names, add up."""
-    shares = data.draw(st.lists(st.tuples(st.integers(0, 2), st.sampled_from(["id", "symbol", "version"])), min_size=1, max_size=6))
+    shares = data.draw(
+        st.lists(st.tuples(st.integers(0, 2), st.sampled_from(["id", "symbol", "version"])), min_size=1, max_size=6)
+    )
     names = {"id": TABLE.gene_id[1], "symbol": TABLE.gene_symbol[1], "version": TABLE.gene_id[1] + ".4"}
     genes = (*TABLE.gene_symbol[:1], *TABLE.gene_symbol[2:], *(names[kind] for _, kind in shares))
     rest = sp.hstack([REFERENCE[:, :1], REFERENCE[:, 2:]], format="csr")
@@ -56,7 +58,9 @@ def test_a_gene_twice_within_a_cell() -> None:
 
 def test_missing_genes_are_zero_and_reported_by_weight() -> None:
     """Genes that the query lacks count zero; the report lists the heaviest first and their share."""
-    table = type(TABLE)(TABLE.gene_id, TABLE.gene_symbol, TABLE.aliases, np.linspace(0, 2 / N_GENES, N_GENES, dtype=np.float32))
+    table = type(TABLE)(
+        TABLE.gene_id, TABLE.gene_symbol, TABLE.aliases, np.linspace(0, 2 / N_GENES, N_GENES, dtype=np.float32)
+    )
     positions, report = GeneIndex(table, "m@1", 0.1).locate(TABLE.gene_symbol[:30])
 
     assert (report.n_matched, report.n_missing, report.gene_overlap) == (30, 10, 0.75)

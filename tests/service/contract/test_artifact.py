@@ -185,7 +185,9 @@ class TestOnnxFile:
     @staticmethod
     def model(*nodes: onnx.NodeProto, initializers: tuple[onnx.TensorProto, ...] = (), **more: Any) -> bytes:
         value = helper.make_tensor_value_info("x", TensorProto.FLOAT, ["n"])
-        graph = helper.make_graph(list(nodes) or [helper.make_node("Identity", ["x"], ["y"])], "g", [value], [value], list(initializers))
+        graph = helper.make_graph(
+            list(nodes) or [helper.make_node("Identity", ["x"], ["y"])], "g", [value], [value], list(initializers)
+        )
         model = helper.make_model(graph)
         for name, values in more.items():
             getattr(model, name).extend(values)
@@ -220,7 +222,9 @@ class TestOnnxFile:
     def test_strangers(self) -> None:
         """Operators of other domains, functions and sparse initializers are refused."""
         function = helper.make_function("f", "F", ["x"], ["y"], [], [])
-        assert "custom domain 'evil'" in self.refusal(self.model(helper.make_node("Identity", ["x"], ["y"], domain="evil")))
+        assert "custom domain 'evil'" in self.refusal(
+            self.model(helper.make_node("Identity", ["x"], ["y"], domain="evil"))
+        )
         assert "'PyOp'" in self.refusal(self.model(helper.make_node("PyOp", ["x"], ["y"])))
         assert "functions" in self.refusal(self.model(functions=[function]))
         sparse = helper.make_graph([], "g", [], [], sparse_initializer=[onnx.SparseTensorProto(dims=[1])])

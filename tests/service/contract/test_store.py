@@ -44,7 +44,23 @@ def test_resolve_nothing(store: Store, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["..", "../blood", "blood/..", "/", "", "blood@..", "blood@../..", "blood@", "bl\0ood", "%2e%2e", "ЬLOOD", "b" * 10_000, "blood@9", "Upper", ".hidden"],
+    [
+        "..",
+        "../blood",
+        "blood/..",
+        "/",
+        "",
+        "blood@..",
+        "blood@../..",
+        "blood@",
+        "bl\0ood",
+        "%2e%2e",
+        "ЬLOOD",
+        "b" * 10_000,
+        "blood@9",
+        "Upper",
+        ".hidden",
+    ],
 )
 def test_names_that_lead_nowhere(store: Store, name: str) -> None:
     """Whatever is not the name of a version is not found; the message stays short."""
@@ -57,7 +73,16 @@ def test_names_that_lead_nowhere(store: Store, name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "content", ["[]", '{"default": "9"}', '{"default": "1", "default": "2"}', '{"1": "2"}', '{"A b": "1"}', "nonsense", '{"default": 1}']
+    "content",
+    [
+        "[]",
+        '{"default": "9"}',
+        '{"default": "1", "default": "2"}',
+        '{"1": "2"}',
+        '{"A b": "1"}',
+        "nonsense",
+        '{"default": 1}',
+    ],
 )
 def test_aliases_that_are_wrong(store: Store, content: str) -> None:
     """Aliases of nothing, twice, or that hide a version are refused."""
@@ -71,7 +96,13 @@ def test_set_alias(store: Store) -> None:
     store.set_alias(ModelId("blood", "1"))
     assert json.loads((store.root / "blood/aliases.json").read_text()) == {"default": "1", "canary": "10"}
     assert store.resolve("blood").version == "1"
-    assert sorted(entry.name for entry in (store.root / "blood").iterdir()) == [".tmp-x", "1", "10", "2", "aliases.json"]
+    assert sorted(entry.name for entry in (store.root / "blood").iterdir()) == [
+        ".tmp-x",
+        "1",
+        "10",
+        "2",
+        "aliases.json",
+    ]
     with pytest.raises(ModelNotFound):
         store.set_alias(ModelId("blood", "9"))
     with pytest.raises(ValueError, match="cannot be an alias"):

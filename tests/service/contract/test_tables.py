@@ -31,7 +31,12 @@ def test_json_that_is_refused(content: bytes, found: str) -> None:
         strict_json.loads(content)
 
 
-@given(st.recursive(st.none() | st.booleans() | st.integers() | st.text(), lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner)))
+@given(
+    st.recursive(
+        st.none() | st.booleans() | st.integers() | st.text(),
+        lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
+    )
+)
 def test_json_that_is_right(value: object) -> None:
     """What json writes is read back."""
     import json

@@ -99,7 +99,9 @@ async def test_what_waits_runs_together(started, recording: RecordingTask, tiny:
     assert recording.chunks == [[1], [2, 2, 3, 3, 4, 4]]
 
 
-async def test_large_requests_are_split_and_small_ones_get_their_turn(started, recording: RecordingTask, tiny: Model) -> None:
+async def test_large_requests_are_split_and_small_ones_get_their_turn(
+    started, recording: RecordingTask, tiny: Model
+) -> None:
     """A request is cut into chunks of `batch_rows`; one that arrives behind it waits for one chunk, not for all."""
     batcher, work = started(batch_rows=64), Work(tiny, recording.task(), Options())
     recording.gate.clear()
@@ -177,7 +179,11 @@ async def test_lanes_do_not_mix(started, tiny: Model) -> None:
     two.gate.clear()
     first = asyncio.create_task(answered(batcher, works[0], rows(0)))
     await until(lambda: batcher._n_queued == 0 and bool(batcher._tickets))
-    tasks = [asyncio.create_task(answered(batcher, work, rows(number, number))) for number, work in enumerate(works, 1) for _ in (1, 2)]
+    tasks = [
+        asyncio.create_task(answered(batcher, work, rows(number, number)))
+        for number, work in enumerate(works, 1)
+        for _ in (1, 2)
+    ]
     await until(lambda: batcher._n_queued == 16)
     one.gate.set()
     two.gate.set()
@@ -196,8 +202,7 @@ async def test_a_client_that_does_not_read(started, recording: RecordingTask, ti
     assert await answered(batcher, work, rows(99)) == [99]
     assert len(recording.chunks) <= module.MAX_WAITING_CHUNKS + 3
 
-    async for columns in answer:
-        received.append(columns["first"].values.tolist())
+    received += [columns["first"].values.tolist() async for columns in answer]
     assert received == [[float(value)] for value in range(50)]
 
 
@@ -243,7 +248,10 @@ def test_every_request_gets_its_own_cells_in_order(tiny: Model, sizes: list[int]
         work = Work(tiny, RecordingTask().task(), Options())
         starts = np.cumsum([0, *sizes])
         answers = await asyncio.gather(
-            *(answered(batcher, work, rows(*range(start, start + size))) for start, size in zip(starts, sizes, strict=False))
+            *(
+                answered(batcher, work, rows(*range(start, start + size)))
+                for start, size in zip(starts, sizes, strict=False)
+            )
         )
         await batcher.stop()
         return answers

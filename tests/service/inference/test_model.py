@@ -7,12 +7,11 @@ import onnxruntime as ort
 import pytest
 
 from service.contract import artifact
-from service.errors import GoldenMismatch
+from service.contract.store import Store
+from service.errors import GoldenMismatch, ModelNotFound, ModelNotReady
 from service.inference.model import Model, load
 from service.inference.models import Models
 from service.inference.session import Runtime
-from service.contract.store import Store
-from service.errors import ModelNotFound, ModelNotReady
 from tests.builders import N_GENES, counts, graphs, parts, write_artifact
 
 
@@ -38,7 +37,9 @@ def test_decode_average(tiny: Model) -> None:
 def test_classify(tiny: Model) -> None:
     """Probabilities are those of the graph."""
     latent = tiny.encode(counts(4))
-    expected = ort.InferenceSession(graphs()["classify"], providers=["CPUExecutionProvider"]).run(None, {"latent": latent})[0]
+    expected = ort.InferenceSession(graphs()["classify"], providers=["CPUExecutionProvider"]).run(
+        None, {"latent": latent}
+    )[0]
 
     np.testing.assert_allclose(tiny.classify(latent)["cell_type"], expected, atol=1e-7)
 

@@ -26,7 +26,9 @@ def encode() -> Session:
 def test_any_number_of_rows(encode: Session, n_cells: int) -> None:
     """Padding and splitting leave no trace: each row is as ONNX Runtime gives it for all rows at once."""
     dense = counts(n_cells).toarray()
-    expected = ort.InferenceSession(graphs()["encode"], providers=["CPUExecutionProvider"]).run(None, {"counts": dense})[0]
+    expected = ort.InferenceSession(graphs()["encode"], providers=["CPUExecutionProvider"]).run(
+        None, {"counts": dense}
+    )[0]
     latent = encode.run({"counts": dense})["latent"]
 
     assert latent.shape == (n_cells, 5)
@@ -48,7 +50,9 @@ class OnesWithAMood(ort.InferenceSession):
 
 
 @pytest.mark.parametrize(("odd_shapes", "kept"), [((), SHAPES), ((8,), (1, 64, 256)), ((1, 64), (8, 256))])
-def test_shapes_with_other_bits_are_not_used(encode: Session, monkeypatch: pytest.MonkeyPatch, odd_shapes, kept) -> None:
+def test_shapes_with_other_bits_are_not_used(
+    encode: Session, monkeypatch: pytest.MonkeyPatch, odd_shapes, kept
+) -> None:
     """A shape that gives the golden cells other bits than the largest is dropped."""
     monkeypatch.setattr(encode, "_session", OnesWithAMood(odd_shapes))
     monkeypatch.setattr(encode, "shapes", SHAPES)

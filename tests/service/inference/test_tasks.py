@@ -29,7 +29,9 @@ def test_a_cell_does_not_depend_on_others(tiny: Model, task) -> None:
 @pytest.mark.parametrize("task", TASKS.values(), ids=list(TASKS))
 def test_an_empty_cell(tiny: Model, task) -> None:
     """A cell without counts is flagged, and nothing in its answer is not finite."""
-    columns = task.run(tiny, sp.vstack([counts(1), sp.csr_matrix((1, 40), dtype=np.float32)], format="csr"), task.options())
+    columns = task.run(
+        tiny, sp.vstack([counts(1), sp.csr_matrix((1, 40), dtype=np.float32)], format="csr"), task.options()
+    )
 
     assert columns["is_empty"].values.tolist() == [False, True]
     for column in columns.values():
@@ -82,7 +84,12 @@ def test_reconstruct_library_size(tiny: Model) -> None:
 
 @pytest.mark.parametrize(
     ("options", "name", "found"),
-    [({"genes": "G1,NOPE"}, "genes", "NOPE"), ({"genes": "G1,G1"}, "genes", "once"), ({"genes": " , "}, "genes", "at least one"), ({"batch": "three"}, "batch", "one, two")],
+    [
+        ({"genes": "G1,NOPE"}, "genes", "NOPE"),
+        ({"genes": "G1,G1"}, "genes", "once"),
+        ({"genes": " , "}, "genes", "at least one"),
+        ({"batch": "three"}, "batch", "one, two"),
+    ],
 )
 def test_reconstruct_options_that_cannot_be(tiny: Model, options: dict[str, str], name: str, found: str) -> None:
     """Genes and batches that the model lacks are refused by name, with what there is."""

@@ -20,7 +20,9 @@ LIMIT = 2**26
 
 def stream(columns: dict[str, pa.Array], metadata: dict[str, str] | None = None) -> bytes:
     """A stream of one batch of any columns."""
-    batch = pa.record_batch(columns).replace_schema_metadata({"genes": '["A", "B", "C"]'} if metadata is None else metadata)
+    batch = pa.record_batch(columns).replace_schema_metadata(
+        {"genes": '["A", "B", "C"]'} if metadata is None else metadata
+    )
     sink = io.BytesIO()
     with pa.ipc.new_stream(sink, batch.schema) as writer:
         writer.write_batch(batch)
@@ -48,7 +50,9 @@ def test_round_trip(compression: str | None, rows_per_batch: int) -> None:
 @pytest.mark.parametrize("count_type", COUNT_TYPES, ids=str)
 def test_count_types(count_type: pa.DataType) -> None:
     """Every documented type of counts gives the same counts."""
-    np.testing.assert_array_equal(read(arrow_body(counts(5), GENES, count_type=count_type), LIMIT).counts.toarray(), counts(5).toarray())
+    np.testing.assert_array_equal(
+        read(arrow_body(counts(5), GENES, count_type=count_type), LIMIT).counts.toarray(), counts(5).toarray()
+    )
 
 
 @pytest.mark.parametrize("gene_type", GENE_TYPES, ids=str)
@@ -86,7 +90,9 @@ def test_cut_between_batches() -> None:
         read(whole[:-8], LIMIT)
 
 
-@pytest.mark.parametrize("content", [b"x", b"\x00" * 64, b"\xff" * 64, b"PAR1" * 8, b"ARROW1\0\0" * 4, b"\xff\xff\xff\xff\xff\xff\xff\x7f"])
+@pytest.mark.parametrize(
+    "content", [b"x", b"\x00" * 64, b"\xff" * 64, b"PAR1" * 8, b"ARROW1\0\0" * 4, b"\xff\xff\xff\xff\xff\xff\xff\x7f"]
+)
 def test_what_is_no_arrow(content: bytes) -> None:
     """Other bytes are refused, and lengths that they declare are not allocated."""
     with pytest.raises(MalformedBody):
@@ -124,10 +130,22 @@ for position in range(len(whole)):
         ({"gene": GENE}, None, "'count' is missing"),
         ({"count": COUNT}, None, "'gene' is missing"),
         ({"gene": GENE, "count": COUNT, "note": COUNT}, None, "Unknown column 'note'"),
-        ({"gene": GENE, "count": pa.array([["5", "6"], ["7"]], pa.list_(pa.string()))}, None, "must be of type list<uint8"),
+        (
+            {"gene": GENE, "count": pa.array([["5", "6"], ["7"]], pa.list_(pa.string()))},
+            None,
+            "must be of type list<uint8",
+        ),
         ({"gene": GENE, "count": pa.array([[5, 6], [7]], pa.large_list(pa.uint16()))}, None, "not large_list"),
-        ({"gene": GENE, "count": lists([[5], [7]], pa.uint16())}, None, "Cell 0 has another number of genes than of counts"),
-        ({"gene": lists([[0, 3], [1]], pa.int32()), "count": COUNT}, None, "Cell 0 has gene index 3, but 'genes' has 3"),
+        (
+            {"gene": GENE, "count": lists([[5], [7]], pa.uint16())},
+            None,
+            "Cell 0 has another number of genes than of counts",
+        ),
+        (
+            {"gene": lists([[0, 3], [1]], pa.int32()), "count": COUNT},
+            None,
+            "Cell 0 has gene index 3, but 'genes' has 3",
+        ),
         ({"gene": lists([[0, 1], [-1]], pa.int32()), "count": COUNT}, None, "Cell 1 has gene index -1"),
         ({"gene": lists([[0, None], [1]], pa.int32()), "count": COUNT}, None, "is null"),
         ({"gene": lists([[0, 2], None], pa.int32()), "count": lists([[5, 6], None], pa.uint16())}, None, "is null"),
@@ -135,7 +153,9 @@ for position in range(len(whole)):
         ({"gene": GENE, "count": COUNT, "cell_id": pa.array(["a", None])}, None, "without nulls"),
     ],
 )
-def test_what_is_not_the_documented_table(columns: dict[str, pa.Array], metadata: dict[str, str] | None, found: str) -> None:
+def test_what_is_not_the_documented_table(
+    columns: dict[str, pa.Array], metadata: dict[str, str] | None, found: str
+) -> None:
     """Each way of not being cells is said, with column, type or cell."""
     with pytest.raises(InvalidCells, match=found):
         read(stream(columns, metadata), LIMIT)
@@ -177,7 +197,11 @@ def test_answers() -> None:
         "label": Labels(np.array([1, 0, 1, 1, 0], np.int32), ("no", "yés")),
     }
     writer = ArrowWriter()
-    content = writer.start({"model": "m"}) + writer.write(columns, ("a", "b", "c", "d", "é")) + writer.write(columns, ("f",) * 5)
+    content = (
+        writer.start({"model": "m"})
+        + writer.write(columns, ("a", "b", "c", "d", "é"))
+        + writer.write(columns, ("f",) * 5)
+    )
     table = pa.ipc.open_stream(content + writer.end()).read_all()
 
     assert json.loads(table.schema.metadata[b"cellserve"]) == {"model": "m"}

@@ -128,4 +128,9 @@ def test_an_answer_in_pieces() -> None:
 
     document = json.loads(text + writer.end())
     assert document["model"] == "m"
-    assert [(cell["cell_id"], cell["label"]) for cell in document["cells"]] == [("a", "yes"), ("b", "no"), ("c", "yes"), ("d", "no")]
+    assert [(cell["cell_id"], cell["label"]) for cell in document["cells"]] == [
+        ("a", "yes"),
+        ("b", "no"),
+        ("c", "yes"),
+        ("d", "no"),
+    ]

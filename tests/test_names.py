@@ -1,0 +1,63 @@
+"""About the whole: whose packages are tested, and what must not stand in a committed file."""
+
+import re
+import subprocess
+from pathlib import Path
+
+import service
+import training
+from service.cells.formats import FORMATS
+from service.inference import TASKS
+from training.families import FAMILIES
+
+ROOT = Path(__file__).parent.parent
+
+
+def committed() -> list[Path]:
+    """Files that git tracks, or would."""
+    listed = subprocess.run(["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True)
+    return [ROOT / name for name in listed.stdout.splitlines() if (ROOT / name).is_file()]
+
+
+def test_these_packages_are_tested() -> None:
+    """`service` and `training` are common names; those of this checkout are the ones imported."""
+    assert Path(service.__file__).is_relative_to(ROOT)
+    assert Path(training.__file__).is_relative_to(ROOT)
+
+
+def test_no_index_and_no_machine() -> None:
+    """No committed file names a package index, or a path of somebody's machine."""
+    wrong = re.compile(rb"pypi\.org|pythonhosted|--index-url|--find-links[ =]/|/opt/wheels|/home/[a-z]+/|/root/|/work/")
+    found = {
+        str(path.relative_to(ROOT))
+        for path in committed()
+        if path != Path(__file__) and wrong.search(path.read_bytes())
+    }
+
+    assert found == set()
+
+
+def test_tables_and_docs() -> None:
+    """Every task, format and family has its place in the documentation."""
+    api, train = ((ROOT / "docs" / name).read_text() for name in ("api.md", "train.md"))
+    for task in TASKS:
+        assert f"### POST /v1/{task}\n" in api
+    for media_type in FORMATS:
+        assert f"`{media_type}`" in api
+    for family in FAMILIES:
+        assert f"| `{family}` |" in train
+
+
+def test_links_lead_somewhere() -> None:
+    """Relative links of README and docs name files that are there."""
+    for page in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")]:
+        for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text()):
+            assert (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+def test_the_shipped_models_are_small() -> None:
+    """models_store/ holds data only, at most 15 MB per version."""
+    for manifest in (ROOT / "models_store").glob("*/*/manifest.json"):
+        files = list(manifest.parent.rglob("*"))
+        assert sum(file.stat().st_size for file in files) < 15e6
+        assert not any(file.suffix == ".py" for file in files)
