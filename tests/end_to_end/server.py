@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
+import psutil
 
 ROOT = Path(__file__).parent.parent.parent
 PYTHON = "CELLSERVE_TEST_SERVER_PYTHON"
@@ -85,7 +86,6 @@ class Server:
         try:
             return self.process.wait(seconds)
         except subprocess.TimeoutExpired:
-            os.killpg(self.process.pid, signal.SIGKILL)
             raise AssertionError(f"the server did not stop within {seconds} s:\n{self.log()}") from None
 
     def log(self) -> str:
@@ -93,11 +93,18 @@ class Server:
         return self._log.read_text(errors="replace") if self._log.exists() else ""
 
     def close(self) -> None:
-        """End the process, if need be by force, and remove its files."""
+        """End all its processes, if need be by force, and remove its files."""
         if self.process is not None and self.process.poll() is None:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(self.process.pid, signal.SIGKILL)
-            self.process.wait(10)
+            # Asked for now: once the parent is gone nobody knows its workers.
+            workers = psutil.Process(self.process.pid).children(recursive=True)
+            self.process.terminate()
+            _, alive = psutil.wait_procs(workers, timeout=10)
+            for worker in alive:
+                worker.kill()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self.process.wait(5)
+            self.process.kill()
+            self.process.wait(5)
         self._home.cleanup()
 
 
