@@ -259,6 +259,19 @@ class GoldenMismatch(CellserveError):
     tolerance: float
 
 
+@dataclass(eq=False)
+class UnstableBits(CellserveError):
+    """A cell's answer depends on the cells that run with it, whatever the number of rows."""
+
+    code = "unstable_bits"
+    title = "A cell's bits depend on its company"
+    sentence = (
+        "{graph}: on this machine a golden cell gets other bits in another place of the same run. The version is not served here. "
+        "Try the CPU provider (CELLSERVE_PROVIDER=cpu)."
+    )
+    graph: str
+
+
 # --- load and life --------------------------------------------------------------------------------------------------------------
 
 

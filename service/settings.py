@@ -30,7 +30,7 @@ class Settings(BaseSettings):
         None,
         ge=1,
         le=1024,
-        description="Threads per graph. By default the CPUs that the process may use (affinity and control group).",
+        description="Pieces of 64 cells that run side by side. By default the CPUs that the process may use (affinity, control group).",
     )
     batch_rows: int = Field(
         256, ge=1, le=4096, description="Cells that run together at most. Larger requests are split into such chunks."

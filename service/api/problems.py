@@ -39,6 +39,7 @@ STATUS: dict[type[errors.CellserveError], int] = {
     errors.VersionExists: 500,
     errors.ProviderUnavailable: 500,
     errors.GoldenMismatch: 500,
+    errors.UnstableBits: 500,
     errors.ModelNotReady: 503,
     errors.NotReady: 503,
     errors.ShuttingDown: 503,

@@ -37,17 +37,16 @@ class Model:
         Returns:
             Latent, float32 of shape (n_cells, n_latent). Each row has the same bits whatever the other rows are.
         """
-        session = self.sessions["encode"]
-        largest = session.shapes[-1]
-        pieces = []
-        for start in range(0, counts.shape[0], largest):
-            piece = counts[start : start + largest]
-            n_cells = piece.shape[0]
+        if not counts.shape[0]:
+            return np.zeros((0, self.manifest.n_latent), dtype=np.float32)
+
+        def dense(rows: slice, n_rows: int) -> dict[str, NDArray[np.float32]]:
             # Densified at the padded size, so that the session has nothing left to copy.
-            dense = np.zeros((session.n_rows(n_cells), counts.shape[1]), dtype=np.float32)
-            piece.toarray(out=dense[:n_cells])
-            pieces.append(session.run({"counts": dense})["latent"][:n_cells])
-        return np.concatenate(pieces) if pieces else np.zeros((0, self.manifest.n_latent), dtype=np.float32)
+            padded = np.zeros((n_rows, counts.shape[1]), dtype=np.float32)
+            counts[rows].toarray(out=padded[: rows.stop - rows.start])
+            return {"counts": padded}
+
+        return self.sessions["encode"].run_rows(counts.shape[0], dense)["latent"]
 
     def decode(
         self, latent: NDArray[np.float32], library_size: NDArray[np.float32], batch: str | None = None

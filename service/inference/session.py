@@ -1,14 +1,18 @@
-"""ONNX Runtime: one graph, run in a few fixed shapes so that a cell's bits do not depend on its company.
+"""ONNX Runtime: one graph, run so that a cell's bits do not depend on its company.
 
-Matrix kernels may sum in another order for another number of rows. Nothing promises otherwise, so nothing is assumed: rows are padded
-to one of `SHAPES`, and `prove_shapes` keeps those that give the golden cells the very same bits on this machine.
+Three things can change them, and nothing promises otherwise: kernels that sum in another order for another number of rows; a thread that
+takes over in the middle of a row, where the last few elements before it are computed by other instructions (seen here: one bit of one
+cell in runs of 8 rows with 2 threads); and the last few elements of a buffer, likewise. Hence rows are padded to one of `SHAPES`, which
+are multiples of every vector width, each run has one thread, and threads are used to run several pieces side by side. `prove_shapes`
+then looks whether it is so on the machine at hand.
 """
 
 import ctypes
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Literal
 
@@ -17,13 +21,13 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from service.contract.manifest import Graph
-from service.errors import InvalidArtifact, ProviderUnavailable
+from service.errors import InvalidArtifact, ProviderUnavailable, UnstableBits
 
 Array = NDArray[np.float32] | NDArray[np.int64]
 Provider = Literal["cpu", "cuda"]
 
-SHAPES: tuple[int, ...] = (1, 8, 64, 256)
-"""Numbers of rows that a graph is run with. 64 to 256 is where CPUs are fastest on graphs of this kind (larger inputs leave the cache)."""
+SHAPES: tuple[int, ...] = (16, 64)
+"""Numbers of rows that a graph is run with. At 64 a CPU's caches hold input and weights, and more rows are no faster per cell."""
 
 _PROVIDERS: dict[Provider, str] = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 _DTYPES = {"float32": "tensor(float)", "int64": "tensor(int64)"}
@@ -35,6 +39,12 @@ class Runtime:
 
     provider: Provider = "cpu"
     n_threads: int = 1
+    """Pieces that run side by side, each in one thread."""
+
+    @cached_property
+    def pool(self) -> ThreadPoolExecutor:
+        """The threads."""
+        return ThreadPoolExecutor(self.n_threads, thread_name_prefix="cellserve-graph")
 
 
 def choose_runtime(provider: Provider, n_threads: int | None, allow_fallback: bool) -> Runtime:
@@ -101,14 +111,13 @@ class Session:
             InvalidArtifact: ONNX Runtime refuses it, or its inputs and outputs are not those of the manifest.
             ProviderUnavailable: ONNX Runtime fell back to another provider.
         """
+        self._path = path
         options = ort.SessionOptions()
-        options.intra_op_num_threads = runtime.n_threads
+        options.intra_op_num_threads = 1
         options.inter_op_num_threads = 1
         options.use_deterministic_compute = True
         options.enable_cpu_mem_arena = False  # the arena keeps its peak for ever
         options.log_severity_level = 3
-        # Idle threads that spin take the CPUs from the event loop and the parsers.
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         provider = _PROVIDERS[runtime.provider]
         try:
             self._session = ort.InferenceSession(content, options, providers=[provider])
@@ -130,12 +139,9 @@ class Session:
             if not is_same:
                 described = ", ".join(f"{tensor.name} {tensor.type} {tensor.shape}" for tensor in found)
                 raise InvalidArtifact(path=path, problem=f"its {kind} are {described}, not those of the manifest")
+        self._pool = runtime.pool
         self.outputs = tuple(tensor.name for tensor in graph.outputs)
         self.shapes = SHAPES
-
-    def n_rows(self, n_cells: int) -> int:
-        """Rows that `n_cells` are padded to; the largest shape where they need more than one run."""
-        return next((shape for shape in self.shapes if shape >= n_cells), self.shapes[-1])
 
     def run(self, inputs: Mapping[str, Array]) -> dict[str, NDArray[np.float32]]:
         """Run the graph over all rows.
@@ -147,47 +153,66 @@ class Session:
             Outputs by name, with the same number of rows.
         """
         n_cells = len(next(iter(inputs.values())))
-        largest = self.shapes[-1]
-        pieces = [
-            self._run_piece({name: array[start : start + largest] for name, array in inputs.items()})
-            for start in range(0, n_cells, largest)
-        ]
-        if len(pieces) == 1:
-            return pieces[0]
-        return {name: np.concatenate([piece[name] for piece in pieces]) for name in self.outputs}
+        return self.run_rows(
+            n_cells, lambda rows, n_rows: {name: _padded(array[rows], n_rows) for name, array in inputs.items()}
+        )
 
-    def _run_piece(self, inputs: Mapping[str, Array]) -> dict[str, NDArray[np.float32]]:
-        n_cells = len(next(iter(inputs.values())))
-        n_rows = self.n_rows(n_cells)
-        arrays = self._session.run(self.outputs, {name: _padded(array, n_rows) for name, array in inputs.items()})
-        return {name: array[:n_cells] for name, array in zip(self.outputs, arrays, strict=True)}
+    def run_rows(
+        self, n_cells: int, inputs_of: Callable[[slice, int], Mapping[str, Array]]
+    ) -> dict[str, NDArray[np.float32]]:
+        """Run the graph over rows whose inputs are made piece by piece, in the threads that run them.
+
+        Args:
+            n_cells: number of cells, at least one.
+            inputs_of: (which cells, rows to pad them to) → inputs by name.
+
+        Returns:
+            Outputs by name, `n_cells` rows each.
+        """
+        largest = self.shapes[-1]
+        slices = [slice(start, min(start + largest, n_cells)) for start in range(0, n_cells, largest)]
+
+        def run_piece(rows: slice) -> list[NDArray[np.float32]]:
+            n_piece = rows.stop - rows.start
+            n_rows = next(shape for shape in self.shapes if shape >= n_piece)
+            arrays = self._session.run(self.outputs, inputs_of(rows, n_rows))
+            return [array[:n_piece] for array in arrays]
+
+        pieces = [run_piece(slices[0])] if len(slices) == 1 else list(self._pool.map(run_piece, slices))
+        joined = pieces[0] if len(pieces) == 1 else [np.concatenate(arrays) for arrays in zip(*pieces, strict=True)]
+        return dict(zip(self.outputs, joined, strict=True))
 
     def prove_shapes(self, inputs: Mapping[str, Array]) -> dict[str, NDArray[np.float32]]:
-        """Keep the shapes under which every golden cell has one and the same bits, wherever it stands in them.
+        """Keep the shapes under which every golden cell has one and the same bits, in every place of them.
 
         Args:
             inputs: of the golden cells, at least one.
 
         Returns:
             The outputs of the golden cells, as every later run will give them.
+
+        Raises:
+            UnstableBits: no shape gives a cell the same bits in all its places.
         """
-        n_golden = len(next(iter(inputs.values())))
-        answers = {shape: self._in_every_place(inputs, n_golden, shape) for shape in SHAPES}
-        # The largest shape is the fastest per cell, so it sets the bits, unless it disagrees with itself: then each cell runs alone.
-        reference = answers[SHAPES[-1]] or answers[SHAPES[0]]
+        answers = {shape: self._in_every_place(inputs, shape) for shape in SHAPES}
+        stable = [shape for shape, answer in answers.items() if answer is not None]
+        if not stable:
+            raise UnstableBits(graph=self._path)
+        # The largest is the fastest per cell, so it sets the bits.
+        reference = answers[stable[-1]]
         assert reference is not None
-        self.shapes = tuple(shape for shape, answer in answers.items() if answer and _same_bits(answer, reference))
+        self.shapes = tuple(shape for shape in stable if _same_bits(answers[shape] or {}, reference))
         return reference
 
-    def _in_every_place(
-        self, inputs: Mapping[str, Array], n_golden: int, shape: int
-    ) -> dict[str, NDArray[np.float32]] | None:
+    def _in_every_place(self, inputs: Mapping[str, Array], shape: int) -> dict[str, NDArray[np.float32]] | None:
         """Outputs of the golden cells in runs of `shape` rows; None if two places give a cell other bits."""
         self.shapes = (shape,)
-        # One more golden cell than a multiple shifts each cell to another place in the next round.
-        order = np.arange(max(shape, n_golden) + n_golden) % n_golden
+        n_golden = len(next(iter(inputs.values())))
+        # In run k, place p holds cell p + k: after as many runs as there are cells, each has been in each place.
+        runs, places = np.divmod(np.arange(shape * n_golden), shape)
+        order = (places + runs) % n_golden
         outputs = self.run({name: array[order] for name, array in inputs.items()})
-        first = {name: array[:n_golden] for name, array in outputs.items()}
+        first = {name: array[np.argsort(order, kind="stable")[::shape]] for name, array in outputs.items()}
         return first if _same_bits(outputs, {name: array[order] for name, array in first.items()}) else None
 
 

@@ -7,7 +7,7 @@ import onnxruntime as ort
 import pytest
 
 from service.contract.manifest import Graph
-from service.errors import InvalidArtifact, ProviderUnavailable
+from service.errors import InvalidArtifact, ProviderUnavailable, UnstableBits
 from service.inference import session as module
 from service.inference.session import SHAPES, Runtime, Session, _quota, choose_runtime, usable_cpus
 from tests.builders import N_GENES, counts, graphs, parts
@@ -22,7 +22,7 @@ def encode() -> Session:
     return Session(graphs()["encode"], signature("encode"), Runtime(), "encode.onnx")
 
 
-@pytest.mark.parametrize("n_cells", [1, 2, 8, 9, 64, 255, 256, 257, 600])
+@pytest.mark.parametrize("n_cells", [1, 2, 15, 16, 17, 64, 65, 128, 600])
 def test_any_number_of_rows(encode: Session, n_cells: int) -> None:
     """Padding and splitting leave no trace: each row is as ONNX Runtime gives it for all rows at once."""
     dense = counts(n_cells).toarray()
@@ -37,37 +37,57 @@ def test_any_number_of_rows(encode: Session, n_cells: int) -> None:
 
 
 class OnesWithAMood(ort.InferenceSession):
-    """A runtime whose answer depends on the number of rows, as nothing forbids."""
+    """A runtime whose answer depends on the number of rows, or on the place of a row, as nothing forbids."""
 
-    def __init__(self, odd_shapes: tuple[int, ...], by_place: bool = False) -> None:
+    def __init__(self, odd_shapes: tuple[int, ...] = (), odd_places: dict[int, int] | None = None) -> None:
         self._odd_shapes = odd_shapes
-        self._by_place = by_place
+        self._odd_places = odd_places or {}
 
     def run(self, outputs, inputs):
-        rows = len(inputs["counts"])
-        place = np.arange(rows, dtype=np.float32)[:, None] if self._by_place else 0
-        return [np.ones((rows, 5), np.float32) + (1e-7 if rows in self._odd_shapes else 0) * (1 + place)]
+        n_rows = len(inputs["counts"])
+        latent = np.ones((n_rows, 5), np.float32) + np.float32(1e-6 if n_rows in self._odd_shapes else 0)
+        # One bit of one cell in one place, for cells that have a count in their second gene.
+        if n_rows in self._odd_places and inputs["counts"][self._odd_places[n_rows], 1] > 0:
+            latent[self._odd_places[n_rows], 2] += np.float32(2e-7)
+        return [latent]
 
 
-@pytest.mark.parametrize(("odd_shapes", "kept"), [((), SHAPES), ((8,), (1, 64, 256)), ((1, 64), (8, 256))])
-def test_shapes_with_other_bits_are_not_used(
-    encode: Session, monkeypatch: pytest.MonkeyPatch, odd_shapes, kept
-) -> None:
+@pytest.fixture
+def moody(encode: Session, monkeypatch: pytest.MonkeyPatch):
+    """A session over a runtime with a mood."""
+
+    def moody(**mood) -> Session:
+        monkeypatch.setattr(encode, "_session", OnesWithAMood(**mood))
+        monkeypatch.setattr(encode, "shapes", SHAPES)
+        return encode
+
+    return moody
+
+
+@pytest.mark.parametrize(("odd_shapes", "kept"), [((), (16, 64)), ((16,), (64,)), ((64,), (64,)), ((16, 64), (16, 64))])
+def test_shapes_with_other_bits_are_not_used(moody, odd_shapes: tuple[int, ...], kept: tuple[int, ...]) -> None:
     """A shape that gives the golden cells other bits than the largest is dropped."""
-    monkeypatch.setattr(encode, "_session", OnesWithAMood(odd_shapes))
-    monkeypatch.setattr(encode, "shapes", SHAPES)
-    encode.prove_shapes({"counts": counts(5).toarray()})
+    session = moody(odd_shapes=odd_shapes)
+    session.prove_shapes({"counts": counts(5).toarray()})
 
-    assert encode.shapes == kept
+    assert session.shapes == kept
 
 
-def test_a_shape_that_disagrees_with_itself(encode: Session, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where a cell's bits depend on its place, cells run alone."""
-    monkeypatch.setattr(encode, "_session", OnesWithAMood((8, 64, 256), by_place=True))
-    monkeypatch.setattr(encode, "shapes", SHAPES)
-    encode.prove_shapes({"counts": counts(5).toarray()})
+@pytest.mark.parametrize(("place", "shape"), [(0, 64), (37, 64), (63, 64), (15, 16)])
+def test_one_bit_of_one_cell_in_one_place(moody, place: int, shape: int) -> None:
+    """A shape in which a single place changes a single bit of a single cell is found and dropped."""
+    golden = np.zeros((7, N_GENES), np.float32)
+    golden[3, 1] = 1
+    session = moody(odd_places={shape: place})
+    session.prove_shapes({"counts": golden})
 
-    assert encode.shapes == (1,)
+    assert session.shapes == tuple(other for other in SHAPES if other != shape)
+
+
+def test_no_stable_shape(moody) -> None:
+    """Where every shape depends on the place, the graph is not served."""
+    with pytest.raises(UnstableBits, match=r"encode\.onnx"):
+        moody(odd_places={16: 3, 64: 9}).prove_shapes({"counts": np.eye(5, N_GENES, 1, dtype=np.float32)})
 
 
 def test_another_signature_is_refused() -> None:
