@@ -105,6 +105,7 @@ def evaluation() -> str:
         "ours": "cellserve",
         "logistic_regression": "logistic regression, C=1",
         "logistic_regression_tuned": "logistic regression, C tuned",
+        "logistic_regression_balanced": "logistic regression, C tuned, classes balanced",
     }
     cells = [
         (

@@ -131,7 +131,11 @@ def reproduce(config: ConfigPath, store: StorePath = Path("models_store"), setti
 def evaluation_table(rows: list[dict[str, Any]]) -> Table:
     """Accuracy / macro-F1 per query and method."""
     methods = [name for name in rows[0] if name not in ("query", "n_cells")]
-    titles = {"logistic_regression": "LR, C=1", "logistic_regression_tuned": "LR, C tuned"}
+    titles = {
+        "logistic_regression": "LR, C=1",
+        "logistic_regression_tuned": "LR, C tuned",
+        "logistic_regression_balanced": "LR, C tuned, balanced",
+    }
     table = Table("query", "cells", *(titles.get(name, name) for name in methods), title="accuracy / macro-F1")
     for row in rows:
         figures = [f"{row[method]['accuracy']:.3f} / {row[method]['macro_f1']:.3f}" for method in methods]

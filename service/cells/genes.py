@@ -4,7 +4,7 @@ import re
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any
 
 import numpy as np
@@ -98,13 +98,19 @@ class GeneIndex:
         """The symbol of a gene of the model, or its id where it has none."""
         return self.table.gene_symbol[position] or self.table.gene_id[position]
 
-    def locate(self, genes: tuple[str, ...]) -> tuple[NDArray[np.int32], AlignmentReport]:
+    @cached_property
+    def locate(self) -> Callable[[tuple[str, ...]], tuple[NDArray[np.int32], AlignmentReport]]:
+        """`_locate`, remembering the last gene lists: a client sends the same one with every request."""
+        return lru_cache(maxsize=16)(self._locate)
+
+    def _locate(self, genes: tuple[str, ...]) -> tuple[NDArray[np.int32], AlignmentReport]:
         """Position in the model of each gene that was sent, -1 for genes that the model does not use.
 
         Raises:
             TooFewGenes: the overlap is below `min_gene_overlap`, with examples of both sides and the likely reason.
         """
         positions = np.fromiter((self.find(gene) for gene in genes), dtype=np.int32, count=len(genes))
+        positions.setflags(write=False)  # shared by all requests with these genes
         columns = np.bincount(positions[positions >= 0], minlength=len(self.table))
         missing = np.flatnonzero(columns == 0)
         heaviest = missing[np.argsort(-self.table.encoder_weight[missing], kind="stable")][:N_LISTED]

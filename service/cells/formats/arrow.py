@@ -4,6 +4,7 @@ import io
 import json
 import struct
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -60,6 +61,11 @@ def _genes(schema: pa.Schema) -> tuple[str, ...]:
     encoded = (schema.metadata or {}).get(GENES_KEY)
     if encoded is None:
         raise InvalidCells(problem="The schema's metadata lack 'genes': a JSON list of the names that `gene` indexes.")
+    return _decoded_genes(encoded)
+
+
+@lru_cache(maxsize=16)  # a client sends the same genes with every request
+def _decoded_genes(encoded: bytes) -> tuple[str, ...]:
     try:
         return check_names(strict_json.loads(encoded), "genes")
     except ValueError as error:
