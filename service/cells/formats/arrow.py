@@ -18,7 +18,6 @@ from service.cells.formats.format import Format, check_names
 from service.contract import strict_json
 from service.errors import InvalidCells, MalformedBody, NoCells
 
-END_OF_STREAM = b"\xff\xff\xff\xff\x00\x00\x00\x00"
 GENE_TYPES = (pa.int32(), pa.int64(), pa.uint16(), pa.uint32())
 COUNT_TYPES = (pa.uint8(), pa.uint16(), pa.uint32(), pa.int32(), pa.int64(), pa.float32(), pa.float64())
 COLUMNS = ("gene", "count", "cell_id", "batch")
@@ -35,7 +34,7 @@ def read(body: bytes, max_decoded_bytes: int) -> Cells:
         BodyTooLarge: it would decompress to more than `max_decoded_bytes`.
     """
     try:
-        check_decoded_size(body, max_decoded_bytes)
+        is_whole = check_decoded_size(body, max_decoded_bytes)
         with pa.ipc.open_stream(body) as reader:
             schema = reader.schema
             genes = _genes(schema)
@@ -46,8 +45,7 @@ def read(body: bytes, max_decoded_bytes: int) -> Cells:
     except (pa.ArrowException, struct.error, OSError, EOFError, UnicodeDecodeError) as error:
         raise MalformedBody(problem=f"The body is not a whole Arrow IPC stream: {str(error)[:200]}.") from None
     n_cells = sum(batch.num_rows for batch in batches)
-    # Readers take the end of the bytes for the end of the stream; a connection that broke between two batches must not look whole.
-    if not body.endswith(END_OF_STREAM):
+    if not is_whole:
         raise MalformedBody(
             problem=f"The Arrow stream is cut off: {n_cells:,} cells arrived whole, but not its end-of-stream marker."
         )

@@ -6,30 +6,49 @@ Arrow's metadata are flatbuffers; only the buffer list of a record batch is walk
 
 import struct
 
-import pyarrow as pa
-
 from service.errors import BodyTooLarge
 
+_DICTIONARY_BATCH, _RECORD_BATCH = 2, 3  # MessageHeader of Message.fbs
 
-def check_decoded_size(body: bytes, max_bytes: int) -> None:
+
+def check_decoded_size(body: bytes, max_bytes: int) -> bool:
     """Refuse a stream whose buffers declare more than `max_bytes` in all.
+
+    Returns:
+        Whether the stream is whole: its end-of-stream marker stands where a message would begin. Readers take the end of the bytes for
+        the end of the stream, and looking at the last bytes alone would take counts for a marker.
 
     Raises:
         BodyTooLarge: the declared sizes add up to more.
-        pa.ArrowInvalid, struct.error: the stream or a header is damaged.
+        struct.error: the stream or a header is damaged, or something follows the end.
     """
-    total = 0
-    for message in pa.ipc.MessageReader.open_stream(pa.py_buffer(body)):
-        if message.type in ("record batch", "dictionary") and message.body is not None:
-            total += _declared_bytes(memoryview(message.metadata), memoryview(message.body), message.type)
+    view, total, position = memoryview(body), 0, 0
+    while position < len(view):
+        continuation, size = struct.unpack_from("<Ii", view, position)
+        position += 8
+        if continuation != 0xFFFFFFFF or size < 0:
+            raise struct.error("a message does not begin as one")
+        if size == 0:
+            if position != len(view):
+                raise struct.error("bytes follow the end of the stream")
+            return True
+        metadata, position = view[position : position + size], position + size
+        body_length = _scalar(metadata, struct.unpack_from("<I", metadata)[0], field=3, kind="<q")  # Message.bodyLength
+        if body_length < 0 or position + body_length > len(view):
+            raise struct.error("a message is longer than the stream")
+        kind = _scalar(metadata, struct.unpack_from("<I", metadata)[0], field=1, kind="<B")  # Message.header_type
+        if kind in (_DICTIONARY_BATCH, _RECORD_BATCH):
+            total += _declared_bytes(metadata, view[position : position + body_length], kind)
         if total > max_bytes:
             raise BodyTooLarge(limit_bytes=max_bytes)
+        position += body_length
+    return False
 
 
-def _declared_bytes(metadata: memoryview, body: memoryview, kind: str) -> int:
+def _declared_bytes(metadata: memoryview, body: memoryview, kind: int) -> int:
     message = struct.unpack_from("<I", metadata)[0]
     batch = _table(metadata, message, field=2)  # Message.header
-    if batch and kind == "dictionary":
+    if batch and kind == _DICTIONARY_BATCH:
         batch = _table(metadata, batch, field=1)  # DictionaryBatch.data
     buffers = _table(metadata, batch, field=2) if batch else 0  # RecordBatch.buffers
     if not buffers or not _table(metadata, batch, field=3):  # RecordBatch.compression
@@ -47,8 +66,19 @@ def _declared_bytes(metadata: memoryview, body: memoryview, kind: str) -> int:
 
 def _table(data: memoryview, table: int, field: int) -> int:
     """Position that a table's offset field points to; 0 where the field is absent."""
+    entry = _entry(data, table, field)
+    return table + entry + int(struct.unpack_from("<I", data, table + entry)[0]) if entry else 0
+
+
+def _scalar(data: memoryview, table: int, field: int, kind: str) -> int:
+    """A table's number; 0 where the field is absent."""
+    entry = _entry(data, table, field)
+    return int(struct.unpack_from(kind, data, table + entry)[0]) if entry else 0
+
+
+def _entry(data: memoryview, table: int, field: int) -> int:
+    """Where a table keeps a field, from its own position; 0 where the field is absent."""
     vtable = table - int(struct.unpack_from("<i", data, table)[0])
     if 4 + 2 * field >= struct.unpack_from("<H", data, vtable)[0]:
         return 0
-    entry = struct.unpack_from("<H", data, vtable + 4 + 2 * field)[0]
-    return table + entry + int(struct.unpack_from("<I", data, table + entry)[0]) if entry else 0
+    return int(struct.unpack_from("<H", data, vtable + 4 + 2 * field)[0])
