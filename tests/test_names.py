@@ -4,6 +4,8 @@ import re
 import subprocess
 from pathlib import Path
 
+import pytest
+
 import service
 import training
 from service.cells.formats import FORMATS
@@ -11,6 +13,7 @@ from service.inference import TASKS
 from training.families import FAMILIES
 
 ROOT = Path(__file__).parent.parent
+WRONG = re.compile(rb"pypi\.org|pythonhosted|index[-_]url|--find-links[ =]/|/opt/wheels|/home/[a-z]+/|/root/|/work\b")
 
 
 def committed() -> list[Path]:
@@ -27,14 +30,36 @@ def test_these_packages_are_tested() -> None:
 
 def test_no_index_and_no_machine() -> None:
     """No committed file names a package index, or a path of somebody's machine."""
-    wrong = re.compile(rb"pypi\.org|pythonhosted|--index-url|--find-links[ =]/|/opt/wheels|/home/[a-z]+/|/root/|/work/")
     found = {
         str(path.relative_to(ROOT))
         for path in committed()
-        if path != Path(__file__) and wrong.search(path.read_bytes())
+        if path != Path(__file__) and WRONG.search(path.read_bytes())
     }
 
     assert found == set()
+
+
+@pytest.mark.parametrize(
+    "planted",
+    [
+        "--extra-index-url=https://wheels.example/simple",
+        "https://pypi.org/simple",
+        "https://files.pythonhosted.org/packages/a.whl",
+        "--find-links /opt/wheels",
+        "'/work/main/service'",
+        "/home/somebody/cells.h5ad",
+        "/root/.cache",
+    ],
+)
+def test_the_probe_would_notice(planted: str) -> None:
+    """Each kind of what must not be committed is found in the middle of a file."""
+    assert WRONG.search(f"first line\nbefore {planted} after\n".encode())
+
+
+def test_the_probe_looks_at_this_repository() -> None:
+    """The files that are searched are those of the project, and many."""
+    names = {str(path.relative_to(ROOT)) for path in committed()}
+    assert {"pyproject.toml", "service/errors.py", "tests/test_names.py"} <= names
 
 
 def test_tables_and_docs() -> None:

@@ -192,17 +192,16 @@ def align(counts: sp.csr_matrix, positions: NDArray[np.int32], n_genes: int) -> 
         n_genes: number of genes of the model.
 
     Returns:
-        Counts float32 of shape (n_cells, n_genes) in canonical form: indices sorted within a cell, none twice. Sums of integers below
-        2**24 are exact in float32, so the order in which genes were sent leaves no trace in the result.
+        Counts float32 of shape (n_cells, n_genes) in canonical form: indices sorted within a cell, none twice. Columns are added up in
+        float64, where sums of counts are exact, so the order in which genes were sent leaves no trace in the result.
     """
     moved = positions[counts.indices]
     kept = moved >= 0
     ends = np.concatenate(([0], np.cumsum(kept)))[counts.indptr]
-    aligned = sp.csr_matrix(
-        (counts.data[kept].astype(np.float32, copy=False), moved[kept], ends), shape=(counts.shape[0], n_genes)
-    )
+    data = counts.data[kept].astype(np.float64)
+    aligned = sp.csr_matrix((data, moved[kept], ends), shape=(counts.shape[0], n_genes))
     aligned.sum_duplicates()
-    return aligned
+    return aligned.astype(np.float32)
 
 
 def _shown(name: str) -> str:

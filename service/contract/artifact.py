@@ -6,6 +6,7 @@ import os
 import shutil
 import stat
 import tempfile
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,7 @@ from service.errors import InvalidArtifact, VersionExists
 MANIFEST = "manifest.json"
 CARD = "README.md"
 TEMPORARY_PREFIX = ".tmp-"
+LEFTOVER_SECONDS = 3600
 MAX_MANIFEST_BYTES = 4 * 2**20
 
 
@@ -65,13 +67,13 @@ def read_manifest(path: Path) -> Manifest:
         InvalidArtifact: absent, too large, not JSON, of a newer schema_version, or not as the schema says.
     """
     file = path / MANIFEST
-    content = _read_regular(file, MAX_MANIFEST_BYTES)
+    content = read_regular(file, MAX_MANIFEST_BYTES)
     try:
         document = strict_json.loads(content)
     except ValueError as error:
         raise InvalidArtifact(path=str(file), problem=f"not valid JSON: {error}") from None
     found = document.get("schema_version") if isinstance(document, dict) else None
-    if found != SCHEMA_VERSION:
+    if type(found) is not int or found != SCHEMA_VERSION:  # 1.0 and true equal 1
         raise InvalidArtifact(
             path=str(file), problem=f"schema_version is {found!r}, this program reads {SCHEMA_VERSION}"
         )
@@ -104,7 +106,7 @@ def read(path: Path) -> Artifact:
         raise InvalidArtifact(path=str(path), problem=f"{extra[0]} is not in the manifest")
     contents = {}
     for name, file in manifest.files.items():
-        content = _read_regular(path / name, file.n_bytes)
+        content = read_regular(path / name, file.n_bytes)
         if len(content) != file.n_bytes or hashlib.sha256(content).hexdigest() != file.sha256:
             raise InvalidArtifact(
                 path=str(path / name), problem="its bytes are not those that the manifest's sha256 was taken of"
@@ -180,7 +182,7 @@ def write_atomically(path: Path, content: bytes) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def _read_regular(path: Path, max_bytes: int) -> bytes:
+def read_regular(path: Path, max_bytes: int) -> bytes:
     """At most `max_bytes` + 1 bytes of a regular file; links, devices and pipes are refused unopened."""
     try:
         mode = path.lstat().st_mode
@@ -225,6 +227,11 @@ def _flush_directory(path: Path) -> None:
 
 
 def _remove_leftovers(parent: Path) -> None:
-    """Remove what a killed writer left behind."""
+    """Remove what a killed writer left behind; what is young may be another writer's, at work."""
     for leftover in parent.glob(f"{TEMPORARY_PREFIX}*"):
-        shutil.rmtree(leftover, ignore_errors=True)
+        if time.time() - leftover.lstat().st_mtime < LEFTOVER_SECONDS:
+            continue
+        if leftover.is_dir():
+            shutil.rmtree(leftover, ignore_errors=True)
+        else:
+            leftover.unlink(missing_ok=True)

@@ -1,11 +1,13 @@
 """genes.tsv: the genes of a model in graph order, with their names and how much the encoder makes of each."""
 
 import hashlib
+import re
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
+_SEPARATORS = re.compile(r"[\t\n]")
 HEADER = ("gene_id", "gene_symbol", "aliases", "encoder_weight")
 
 
@@ -29,6 +31,13 @@ class GeneTable:
         n_genes = len(self.gene_id)
         if not n_genes == len(self.gene_symbol) == len(self.aliases) == len(self.encoder_weight):
             raise ValueError("the columns of the gene table differ in length")
+        if not all(self.gene_id) or not all(alias for aliases in self.aliases for alias in aliases):
+            raise ValueError("a gene_id or an alias is empty")
+        for name in (*self.gene_id, *self.gene_symbol):
+            if _SEPARATORS.search(name):
+                raise ValueError(f"the name {name[:40]!r} holds a character that separates names in the table")
+        if any(_SEPARATORS.search(alias) or "|" in alias for aliases in self.aliases for alias in aliases):
+            raise ValueError("an alias holds a character that separates names in the table")
         if len(set(self.gene_id)) != n_genes:
             raise ValueError("a gene_id occurs twice")
         symbols = [symbol for symbol in self.gene_symbol if symbol]

@@ -120,7 +120,7 @@ class Golden(Strict):
     file: FileName
     """npz with every input and output of every graph as `<graph>/<tensor>`; the first axis is the cells, the same for all."""
 
-    tolerance: dict[str, float]
+    tolerance: dict[str, Annotated[float, Field(ge=0)]]
     """Largest absolute difference allowed per output, keyed `<graph>/<tensor>`."""
 
 
@@ -182,6 +182,9 @@ class Manifest(Strict):
         named = [self.genes.file, self.golden.file, *(graph.file for graph in self.graphs.values())]
         if missing := sorted(set(named) - set(self.files)):
             raise ValueError(f"files does not list {', '.join(missing)}")
+        proven = {f"{name}/{output.name}" for name, graph in self.graphs.items() for output in graph.outputs}
+        if unlike := sorted(proven ^ set(self.golden.tolerance)):
+            raise ValueError(f"golden.tolerance must name every output and nothing else; it differs in {unlike[0]}")
         if "encode" not in self.graphs:
             raise ValueError("graphs lacks 'encode'")
         if self.batch.decode_default not in ("average", *self.batch.names):

@@ -26,6 +26,8 @@ def check(path: Path, content: bytes) -> None:
     Raises:
         InvalidArtifact: external data, a custom or forbidden operator, a sub-graph, a function, or bytes that are not ONNX.
     """
+    if content[4:8] == b"ORTM":  # ONNX Runtime would read these bytes as its own format
+        raise InvalidArtifact(path=str(path), problem="in ONNX Runtime's own format, not ONNX")
     try:
         problem = next(_problems(memoryview(content)), None)
     except (IndexError, ValueError, UnicodeDecodeError, RecursionError) as error:
@@ -66,6 +68,8 @@ def _node_problems(node: memoryview) -> Iterator[str]:
             for field, content in _fields(value):
                 if field in (6, 11):  # AttributeProto.g, graphs
                     yield "an operator holds a sub-graph"
+                elif field in (22, 23):  # AttributeProto.sparse_tensor, sparse_tensors
+                    yield "an operator holds a sparse tensor"
                 elif field in (5, 10):  # AttributeProto.t, tensors
                     yield from _tensor_problems(content)
 
@@ -82,6 +86,8 @@ def _fields(message: memoryview) -> Iterator[tuple[int, memoryview]]:
     while position < len(message):
         key, position = _varint(message, position)
         number, wire = key >> 3, key & 7
+        if key >> 32:
+            raise ValueError("a key of more than 32 bits, which other readers cut off")
         if wire == VARINT:
             _, position = _varint(message, position)
             yield number, message[0:0]

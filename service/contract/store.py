@@ -1,6 +1,7 @@
 """models_store: which models, versions and aliases there are. Names are looked up in a listing and never joined to a path unchecked."""
 
 import json
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from service.errors import InvalidArtifact, ModelNotFound
 
 ALIASES = "aliases.json"
 DEFAULT = "default"
+MAX_ALIASES_BYTES = 2**20
 _NAME = re.compile(r"[a-z0-9][a-z0-9_.-]{0,63}")
 _VERSION = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 
@@ -87,11 +89,11 @@ class Store:
             InvalidArtifact: aliases.json is not an object of existing versions.
         """
         path = self.root / name / ALIASES
-        if not path.is_file():
+        if not _NAME.fullmatch(name) or not os.path.lexists(path):
             return {}
         try:
-            aliases = strict_json.loads(path.read_bytes())
-        except (OSError, ValueError) as error:
+            aliases = strict_json.loads(artifact.read_regular(path, MAX_ALIASES_BYTES))
+        except ValueError as error:
             raise InvalidArtifact(path=str(path), problem=str(error)) from None
         versions = self.versions(name)
         if not isinstance(aliases, dict):

@@ -1,8 +1,10 @@
 """JSON read as its specification intends: one value, finite numbers, no key twice."""
 
 import json
+import re
 from typing import Any
 
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 MAX_DIGITS = 400  # beyond this Python would spend quadratic time on an integer, and no count is that long
 
 
@@ -14,9 +16,15 @@ def loads(content: bytes | bytearray | memoryview) -> Any:
     """
     text = str(content, "utf-8")
     try:
-        return json.loads(text, object_pairs_hook=_object, parse_constant=_constant, parse_int=_integer)
+        value = json.loads(text, object_pairs_hook=_object, parse_constant=_constant, parse_int=_integer)
     except RecursionError:
         raise ValueError("nested too deeply") from None
+    if _SURROGATE.search(text):
+        try:
+            json.dumps(value, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            raise ValueError("half a surrogate pair, which is no text") from None
+    return value
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -1,10 +1,19 @@
 """Settings from the environment."""
 
+import os
 from pathlib import Path
 
 import pytest
+from pydantic import ValidationError
 
-from service.settings import Settings, SettingsError, read_settings
+from service.settings import OTHERS, PREFIX, Settings, SettingsError, read_settings
+
+
+@pytest.fixture(autouse=True)
+def plain_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No setting of the machine that runs the tests reaches them."""
+    for name in [name for name in os.environ if name.upper().startswith(PREFIX)]:
+        monkeypatch.delenv(name)
 
 
 def test_defaults(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -40,3 +49,83 @@ def test_every_setting_says_what_it_does() -> None:
     for field in Settings.model_fields.values():
         assert field.description
         assert field.description.endswith(".") or "413" in field.description or "429" in field.description
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("threads", "0"),
+        ("threads", "1025"),
+        ("threads", "two"),
+        ("batch_rows", "4097"),
+        ("batch_rows", "64.5"),
+        ("batch_rows", ""),
+        ("max_queue_rows", "-1"),
+        ("max_cells", "0"),
+        ("max_body_bytes", "1023"),
+        ("max_decoded_bytes", "1e400"),
+        ("body_timeout_seconds", "0"),
+        ("body_timeout_seconds", "nan"),
+        ("timeout_seconds", "-1"),
+        ("timeout_seconds", "a minute"),
+        ("log_level", "LOUD"),
+        ("log_level", "info"),
+        ("provider", "CPU"),
+        ("allow_provider_fallback", "perhaps"),
+    ],
+)
+def test_no_wrong_value_starts_the_service(monkeypatch: pytest.MonkeyPatch, name: str, value: str) -> None:
+    """Every wrong value is refused with the variable's full name and what it held, in one line."""
+    variable = PREFIX + name.upper()
+    monkeypatch.setenv(variable, value)
+    with pytest.raises(SettingsError, match=f"^{variable} is {value!r}: ") as refused:
+        read_settings()
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "found"),
+    [
+        ({"MAX_CELLS": "300000"}, r"max_cells \(300000\) is above max_queue_rows \(262144\)"),
+        ({"MAX_QUEUE_ROWS": "10"}, r"max_cells \(131072\) is above max_queue_rows \(10\)"),
+        ({"MAX_BODY_BYTES_IN_FLIGHT": "2048"}, r"above max_body_bytes_in_flight \(2048\)"),
+    ],
+)
+def test_settings_that_contradict_each_other(
+    monkeypatch: pytest.MonkeyPatch, changes: dict[str, str], found: str
+) -> None:
+    """Two settings under which a request could never be answered are refused with both numbers."""
+    for name, value in changes.items():
+        monkeypatch.setenv(PREFIX + name, value)
+    with pytest.raises(SettingsError, match=rf"^The settings: .*{found}"):
+        read_settings()
+
+
+def test_the_edge_is_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A request as large as the queue can run."""
+    monkeypatch.setenv("CELLSERVE_MAX_CELLS", "10")
+    monkeypatch.setenv("CELLSERVE_MAX_QUEUE_ROWS", "10")
+    assert read_settings().max_cells == read_settings().max_queue_rows == 10
+
+
+def test_variables_of_other_programs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Variables of the same prefix that the trainer, the client and the tests read are let through; others are not."""
+    for name in OTHERS:
+        monkeypatch.setenv(name, "anything")
+    read_settings()
+    monkeypatch.setenv("CELLSERVE_BATCHROWS", "64")
+    with pytest.raises(SettingsError, match=r"^CELLSERVE_BATCHROWS is no setting"):
+        read_settings()
+
+
+def test_settings_are_fixed() -> None:
+    """A setting is read once and does not change while the service runs."""
+    with pytest.raises(ValidationError):
+        Settings().batch_rows = 1
+
+
+def test_a_folder_of_settings_is_not_read(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A .env file in the working directory changes nothing: what is set stands in the environment alone."""
+    (tmp_path / ".env").write_text("CELLSERVE_BATCH_ROWS=7\n")
+    monkeypatch.chdir(tmp_path)
+    assert read_settings().batch_rows == 256

@@ -159,7 +159,7 @@ def _cell_ids(batches: list[pa.RecordBatch]) -> tuple[str, ...]:
     column = pa.chunked_array([batch.column("cell_id") for batch in batches])
     if not (pa.types.is_string(column.type) or pa.types.is_large_string(column.type)) or column.null_count:
         raise InvalidCells(problem=f"Column 'cell_id' must be of type string without nulls, not {column.type}.")
-    return tuple(column.to_pylist())
+    return check_names(column.to_pylist(), "cell_id")
 
 
 class ArrowWriter:

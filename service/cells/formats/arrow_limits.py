@@ -9,6 +9,7 @@ import struct
 from service.errors import BodyTooLarge
 
 _DICTIONARY_BATCH, _RECORD_BATCH = 2, 3  # MessageHeader of Message.fbs
+_METADATA_V5 = 4  # MetadataVersion of Schema.fbs: Arrow 1.0 and later
 
 
 def check_decoded_size(body: bytes, max_bytes: int) -> bool:
@@ -33,6 +34,12 @@ def check_decoded_size(body: bytes, max_bytes: int) -> bool:
                 raise struct.error("bytes follow the end of the stream")
             return True
         metadata, position = view[position : position + size], position + size
+        if (
+            _scalar(metadata, struct.unpack_from("<I", metadata)[0], field=0, kind="<h") != _METADATA_V5
+        ):  # Message.version
+            raise struct.error(
+                "metadata older than version 5, which may name a compression in places that are not looked at"
+            )
         body_length = _scalar(metadata, struct.unpack_from("<I", metadata)[0], field=3, kind="<q")  # Message.bodyLength
         if body_length < 0 or position + body_length > len(view):
             raise struct.error("a message is longer than the stream")

@@ -118,6 +118,11 @@ class JsonWriter:
 
     def write(self, columns: Columns, cell_ids: Sequence[str] | None) -> bytes:
         """One object per cell: named vectors as maps, others as lists."""
+        # Only rows that lie in one piece can be written as they are.
+        columns = {
+            name: Vectors(np.ascontiguousarray(column.values), column.names) if isinstance(column, Vectors) else column
+            for name, column in columns.items()
+        }
         lines = []
         for row in range(n_cells(columns)):
             cell: dict[str, Any] = {} if cell_ids is None else {"cell_id": cell_ids[row]}

@@ -145,3 +145,138 @@ def test_names_in_messages_are_short_and_printable() -> None:
 
     assert "\x1b" not in str(refused.value)
     assert len(str(refused.value)) < 1000
+
+
+@settings(max_examples=80, deadline=None)
+@given(data=st.data())
+def test_alignment_is_a_sum_over_names(data: st.DataObject) -> None:
+    """Aligned counts are what numpy adds up gene by gene; the result is sorted, without repeats, and float32."""
+    n_cells, n_query, n_model = data.draw(st.integers(1, 5)), data.draw(st.integers(1, 12)), 8
+    positions = np.array(
+        data.draw(st.lists(st.integers(-1, n_model - 1), min_size=n_query, max_size=n_query)), np.int32
+    )
+    kind = data.draw(st.sampled_from([np.uint8, np.int64, np.float32, np.float64]))
+    values = data.draw(st.lists(st.integers(0, 200), min_size=n_cells * n_query, max_size=n_cells * n_query))
+    sent = np.array(values, kind).reshape(n_cells, n_query)
+    expected = np.zeros((n_cells, n_model))
+    for column, position in enumerate(positions):
+        if position >= 0:
+            expected[:, position] += sent[:, column]
+    found = align(sp.csr_matrix(sent), positions, n_model)
+
+    np.testing.assert_array_equal(found.toarray(), expected)
+    assert found.dtype == np.float32
+    assert found.has_canonical_format
+    assert all((np.diff(row.indices) > 0).all() for row in found)
+
+
+@settings(max_examples=40, deadline=None)
+@given(order=st.permutations(range(4)))
+def test_sums_beyond_float32_leave_no_trace_of_order(order: list[int]) -> None:
+    """Columns of one gene that add up to more than float32 holds exactly give the same bits in every order."""
+    sent = np.array([[2**24, 1, 1, 1]], dtype=np.float32)[:, order]
+    found = align(sp.csr_matrix(sent), np.zeros(4, np.int32), 1)
+    assert found.data.tolist() == [np.float32(2**24 + 3)]
+
+
+@settings(max_examples=40, deadline=None)
+@given(order=st.permutations(range(6)), keep=st.integers(1, 6))
+def test_a_cell_does_not_depend_on_its_company(order: list[int], keep: int) -> None:
+    """Cells in any order and any company are aligned to the same bits."""
+    rows = order[:keep]
+    assert bits(aligned(counts(6)[rows], TABLE.gene_symbol)) == bits(REFERENCE[rows])
+
+
+def test_alignment_leaves_what_was_sent() -> None:
+    """The counts of the request are not changed by aligning them."""
+    matrix = counts(3)
+    before = bits(matrix)
+    aligned(matrix, TABLE.gene_symbol)
+    assert bits(matrix) == before
+
+
+def test_the_same_genes_again() -> None:
+    """A gene list that was seen before gives the same answer, which nobody can change for the next one."""
+    index = GeneIndex(TABLE, "tiny@1", 0.5)
+    first, report = index.locate(TABLE.gene_symbol)
+    again, _ = index.locate(tuple(TABLE.gene_symbol))
+    assert first.tolist() == again.tolist()
+    with pytest.raises(ValueError, match="read-only"):
+        first[0] = 5
+    report.as_dict()["renamed"]["G0"] = "changed"
+    assert index.locate(TABLE.gene_symbol)[1].renamed == {}
+
+
+def test_every_kind_of_name_gives_the_same_bits() -> None:
+    """Ids, ids with versions, symbols and aliases are names of the same genes."""
+    for names in (
+        TABLE.gene_id,
+        tuple(f"{gene_id}.{number}" for number, gene_id in enumerate(TABLE.gene_id)),
+        ("OLD0", "OLD1", "OLD2", *TABLE.gene_symbol[3:]),
+    ):
+        assert bits(aligned(counts(6), names)) == bits(REFERENCE)
+
+
+@pytest.mark.parametrize(
+    "symbol", ["HLA-DRA", "RP11-885N19.6", "AC004556.1", "Y_RNA", "ENSX.1", "MT-CO1", "ENSG.2", "1-Mar"]
+)
+def test_symbols_are_kept_as_they_are(symbol: str) -> None:
+    """Dots, dashes and underscores belong to a symbol: it is found whole and not without its ending."""
+    table = type(TABLE)(("A",), (symbol,), ((),), np.ones(1, dtype=np.float32))
+    index = GeneIndex(table, "m@1", 1)
+    assert index.find(symbol) == 0
+    assert index.find(symbol + ".1") == -1
+    assert index.find(symbol.split(".")[0] + "?") == -1
+
+
+@pytest.mark.parametrize(
+    "name", ["1-Mar", "15-Sep", "Mar-01", "SEP-02", "1-Dec", "2-Oct", "2026-03-01", "2001-09-02 00:00:00", "4-OCT"]
+)
+def test_dates(name: str) -> None:
+    """What a spreadsheet makes of MARCH1, SEPT2, DEC1 and OCT4 is reported as suspect."""
+    assert INDEX.locate((*TABLE.gene_symbol, name))[1].suspect == (name,)
+
+
+@pytest.mark.parametrize(
+    "name", ["MARCH1", "SEPT2", "DEC1", "OCT4", "MARCHF1", "SEPTIN2", "1-Jan", "HLA-A", "Mar", "2-Octane"]
+)
+def test_what_is_no_date(name: str) -> None:
+    """Symbols before a spreadsheet touched them are not suspect."""
+    assert INDEX.locate((*TABLE.gene_symbol, name))[1].suspect == ()
+
+
+@pytest.mark.parametrize(
+    ("genes", "hint"),
+    [
+        ([f"ENSMUSG{number:011d}.{number}" for number in range(9)], "Ensembl ids of mouse"),
+        ([f"GRCh38_{name}" for name in TABLE.gene_symbol], "prefix"),
+        ([f"mm10___{name}" for name in TABLE.gene_symbol], "prefix"),
+        ([name.lower() for name in TABLE.gene_id], "upper case"),
+        (["CD3_ADT", "CD4.ADT", "CD8-AB"], "antibodies"),
+        (["CD3_TotalSeqC"] * 9 + ["G0"], "antibodies"),
+        ([*TABLE.gene_symbol[:5]], "all genes that were measured"),
+        (["", " ", "\t"], "Ensembl gene ids or gene symbols"),
+    ],
+)
+def test_more_hints(genes: list[str], hint: str) -> None:
+    """Versions, two spellings of prefixes, ids in lower case, markers only, and names that are none."""
+    with pytest.raises(TooFewGenes) as refused:
+        INDEX.locate(tuple(genes))
+    assert hint in refused.value.hint
+
+
+def test_reports_are_bounded() -> None:
+    """However many genes there are, the report lists twenty of each kind and counts them all."""
+    n_genes = 1_000
+    table = gene_table(n_genes)
+    index = GeneIndex(table, "m@1", 0.1)
+    genes = (
+        *(f"{gene_id}.1" for gene_id in table.gene_id[:500]),
+        *table.gene_id[:500],
+        *[f"{n}-Mar" for n in range(30)],
+    )
+    _, report = index.locate(genes)
+
+    assert (report.n_renamed, report.n_duplicated, report.n_missing, report.n_unknown) == (500, 500, 500, 30)
+    for listed in (report.renamed, report.duplicated, report.missing, report.suspect):
+        assert len(listed) == 20

@@ -1,11 +1,16 @@
 """Artifacts: written whole or not at all, read only if nothing about them is wrong."""
 
+import contextlib
+import io
 import json
 import os
+import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
 import pytest
 from hypothesis import given, settings
@@ -14,6 +19,7 @@ from onnx import TensorProto, helper
 
 from service.contract import artifact, onnx_file
 from service.contract.manifest import Manifest
+from service.contract.store import ModelId, Store
 from service.errors import InvalidArtifact, VersionExists
 from tests import builders
 
@@ -165,6 +171,7 @@ def test_a_failed_write_leaves_nothing(tmp_path: Path, monkeypatch: pytest.Monke
             builders.write_artifact(tmp_path)
     assert list((tmp_path / "tiny").iterdir()) == []
     (tmp_path / "tiny/.tmp-killed").mkdir()
+    os.utime(tmp_path / "tiny/.tmp-killed", (0, 0))
     builders.write_artifact(tmp_path)
     assert [entry.name for entry in (tmp_path / "tiny").iterdir()] == ["1"]
 
@@ -177,6 +184,159 @@ def test_what_does_not_read_back_is_not_written(tmp_path: Path) -> None:
         artifact.write(tmp_path, Manifest.model_validate(document), contents)
 
     assert list((tmp_path / "tiny").iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "extra", ["reference/more.npy", "reference/deep/more.npy", ".hidden", "encode.onnx.bak", "a/b"]
+)
+def test_extra_files_in_folders(path: Path, extra: str) -> None:
+    """A file too many is found in folders, in folders of folders, and when it is hidden."""
+    (path / extra).parent.mkdir(parents=True, exist_ok=True)
+    (path / extra).write_bytes(b"")
+    with pytest.raises(InvalidArtifact, match="is not in the manifest"):
+        artifact.read(path)
+
+
+def test_files_of_a_reference(tmp_path: Path) -> None:
+    """Files below reference/ belong to a version; the folder may not be a link."""
+    document, contents = builders.parts()
+    contents["reference/latent.npy"] = b"numbers"
+    document["files"] = {name: entry.model_dump() for name, entry in artifact.describe(contents).items()}
+    path = artifact.write(tmp_path / "store", Manifest.model_validate(document), contents)
+    assert artifact.read(path).contents["reference/latent.npy"] == b"numbers"
+
+    (path / "reference").rename(tmp_path / "elsewhere")
+    (path / "reference").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(InvalidArtifact, match="reference"):
+        artifact.read(path)
+
+
+@pytest.mark.parametrize("kind", ["nothing", "file", "empty"])
+def test_what_is_no_directory(tmp_path: Path, kind: str) -> None:
+    """A version that is not there, a file, or a folder without a manifest is refused, not a crash."""
+    if kind == "file":
+        (tmp_path / "1").write_bytes(b"")
+    elif kind == "empty":
+        (tmp_path / "1").mkdir()
+    with pytest.raises(InvalidArtifact, match=r"manifest\.json: cannot be read"):
+        artifact.read(tmp_path / "1")
+
+
+def test_a_version_that_was_copied(path: Path) -> None:
+    """A directory under another name is not the version that it says it is."""
+    for name in ("2", "1.bak"):
+        path.rename(path.with_name(name))
+        with pytest.raises(InvalidArtifact, match=f"says it is tiny@1, but lies in tiny/{re.escape(name)}"):
+            artifact.read(path.with_name(name))
+        path.with_name(name).rename(path)
+
+
+def test_golden_arrays_cannot_hold_code(tmp_path: Path) -> None:
+    """Pickled objects in the golden file are never loaded."""
+
+    class Payload:
+        def __reduce__(self) -> tuple[Any, ...]:
+            return Path.touch, (tmp_path / "ran",)
+
+    document, contents = builders.parts()
+    buffer = io.BytesIO()
+    np.savez(buffer, evil=np.array([Payload()], dtype=object))
+    contents["golden.npz"] = buffer.getvalue()
+    document["files"] = {name: entry.model_dump() for name, entry in artifact.describe(contents).items()}
+    read = artifact.read(artifact.write(tmp_path, Manifest.model_validate(document), contents))
+    with pytest.raises(ValueError, match="pickle"):
+        read.golden()
+    assert not (tmp_path / "ran").exists()
+
+
+def test_what_was_read_is_what_was_checked(path: Path) -> None:
+    """A version is wholly in memory: files that change or go afterwards change nothing."""
+    read = artifact.read(path)
+    before = read.graph("encode")
+    shutil.rmtree(path)
+    assert read.graph("encode") == before
+    assert read.golden()
+    assert read.card
+
+
+def test_the_second_of_two_writers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """When two write one version at a time the first is kept whole, the second is refused, and nothing is left over."""
+    write_flushed = artifact._write_flushed
+
+    def first_another(path: Path, content: bytes) -> None:
+        monkeypatch.setattr(artifact, "_write_flushed", write_flushed)
+        builders.write_artifact(tmp_path, seed=1)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_flushed(path, content)
+
+    monkeypatch.setattr(artifact, "_write_flushed", first_another)
+    with pytest.raises(VersionExists):
+        builders.write_artifact(tmp_path, seed=2)
+
+    assert [entry.name for entry in (tmp_path / "tiny").iterdir()] == ["1"]
+    assert artifact.read(tmp_path / "tiny/1").manifest.provenance.seed == 1
+
+
+def test_two_versions_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who writes one version does not remove what another is still writing."""
+    write_flushed = artifact._write_flushed
+
+    def first_another(path: Path, content: bytes) -> None:
+        monkeypatch.setattr(artifact, "_write_flushed", write_flushed)
+        builders.write_artifact(tmp_path, version="2")
+        write_flushed(path, content)
+
+    monkeypatch.setattr(artifact, "_write_flushed", first_another)
+    builders.write_artifact(tmp_path, version="1")
+
+    assert Store(tmp_path).versions("tiny") == ("1", "2")
+
+
+def test_nothing_is_visible_before_it_is_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At every step of a write the store shows no version, and then the whole one."""
+    seen = []
+    write_flushed = artifact._write_flushed
+
+    def watched(path: Path, content: bytes) -> None:
+        seen.append(Store(tmp_path).ids())
+        write_flushed(path, content)
+        seen.append(Store(tmp_path).ids())
+
+    monkeypatch.setattr(artifact, "_write_flushed", watched)
+    builders.write_artifact(tmp_path)
+
+    assert len(seen) == 2 * len(FILES)
+    assert set(seen) == {()}
+    assert Store(tmp_path).ids() == (ModelId("tiny", "1"),)
+
+
+def test_leftovers_of_a_killed_writer(tmp_path: Path) -> None:
+    """Folders of a killed export and files of a killed change of alias are removed with the next export."""
+    (tmp_path / "tiny/.tmp-folder/tiny/1").mkdir(parents=True)
+    (tmp_path / "tiny/.tmp-folder/tiny/1/encode.onnx").write_bytes(b"half")
+    (tmp_path / "tiny/.tmp-file").write_bytes(b'{"default"')
+    for leftover in (tmp_path / "tiny").iterdir():
+        os.utime(leftover, (0, 0))  # long ago
+    assert Store(tmp_path).ids() == ()
+    builders.write_artifact(tmp_path)
+
+    assert [entry.name for entry in (tmp_path / "tiny").iterdir()] == ["1"]
+
+
+def test_write_atomically(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file is replaced whole; when that fails the old one stays and nothing is left over."""
+    file = tmp_path / "aliases.json"
+    artifact.write_atomically(file, b"old")
+
+    def full(path: Path, content: bytes) -> None:
+        path.write_bytes(content[:1])
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(artifact, "_write_flushed", full)
+    with pytest.raises(OSError, match="No space"):
+        artifact.write_atomically(file, b"new")
+
+    assert [(entry.name, entry.read_bytes()) for entry in tmp_path.iterdir()] == [("aliases.json", b"old")]
 
 
 class TestOnnxFile:
@@ -233,6 +393,6 @@ class TestOnnxFile:
     @settings(max_examples=200, deadline=None)
     @given(content=st.binary(max_size=200))
     def test_any_bytes(self, content: bytes) -> None:
-        """Bytes that are no ONNX are refused, whatever they are."""
-        with pytest.raises(InvalidArtifact):
+        """Whatever the bytes, they are taken or refused: no other error comes of them."""
+        with contextlib.suppress(InvalidArtifact):
             onnx_file.check(Path("g.onnx"), content)

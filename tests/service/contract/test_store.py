@@ -4,8 +4,10 @@ import json
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from service.contract.store import ModelId, Store
+from service.contract.store import ModelId, Store, _natural
 from service.errors import InvalidArtifact, ModelNotFound
 
 
@@ -118,3 +120,82 @@ def test_links_are_not_versions(store: Store) -> None:
     """A link to a directory is not followed."""
     (store.root / "lung/b").symlink_to(store.root / "blood/1")
     assert store.versions("lung") == ("a",)
+
+
+def test_aliases_stay_in_the_store(store: Store) -> None:
+    """The name of a model is never joined to a path unchecked."""
+    (store.root / "aliases.json").write_text('{"default": "1"}')
+    for name in ("", ".", "blood/..", "../" + store.root.name):
+        assert store.aliases(name) == {}
+
+
+def test_a_link_is_no_list_of_aliases(store: Store, tmp_path: Path) -> None:
+    """Aliases in a file elsewhere are refused: nothing outside the store is read."""
+    (tmp_path / "elsewhere.json").write_text('{"default": "1"}')
+    (store.root / "blood/aliases.json").unlink()
+    (store.root / "blood/aliases.json").symlink_to(tmp_path / "elsewhere.json")
+    with pytest.raises(InvalidArtifact, match=r"aliases\.json"):
+        store.resolve("blood")
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"[" * 100_000,
+        b'{"default": ["1"]}',
+        b'{"default": null}',
+        b'{"default": "../1"}',
+        b'{"..": "1"}',
+        b'{"canary": "default", "default": "canary"}',
+        b'{"self": "self"}',
+        b"\xff",
+        b"",
+        b" " * 2**22 + b"{}",
+    ],
+    ids=lambda content: repr(content[:30]),
+)
+def test_aliases_that_are_worse(store: Store, content: bytes) -> None:
+    """Cycles, other types, bytes that are no text and files without measure are refused and named, nothing else is raised."""
+    (store.root / "blood/aliases.json").write_bytes(content)
+    with pytest.raises(InvalidArtifact, match=r"aliases\.json"):
+        store.resolve("blood")
+
+
+def test_a_refused_alias_changes_nothing(store: Store) -> None:
+    """An alias that cannot be set leaves the old ones."""
+    before = (store.root / "blood/aliases.json").read_bytes()
+    for model, alias in (
+        (ModelId("blood", "9"), "default"),
+        (ModelId("../blood", "1"), "default"),
+        (ModelId("blood", "1"), "../x"),
+        (ModelId("blood", "1"), "Default"),
+        (ModelId("blood", "1"), "10"),
+        (ModelId("blood", "1"), "a\n"),
+    ):
+        with pytest.raises((ModelNotFound, ValueError)):
+            store.set_alias(model, alias)
+    assert (store.root / "blood/aliases.json").read_bytes() == before
+
+
+def test_a_listing_is_of_one_moment(store: Store) -> None:
+    """What was listed resolves as it did, whatever happens to the directory afterwards."""
+    listing = store.listing()
+    store.set_alias(ModelId("blood", "1"))
+    (store.root / "lung/a").rmdir()
+
+    assert (str(listing.resolve("blood")), str(listing.resolve("lung"))) == ("blood@2", "lung@a")
+    assert store.resolve("blood").version == "1"
+
+
+@given(st.lists(st.integers(0, 10**6), min_size=1, unique=True))
+def test_versions_that_are_numbers(numbers: list[int]) -> None:
+    """Numbers are ordered by value, also behind a letter or a point."""
+    for form in ("{}", "v{}", "1.{}", "2026-{}-rc"):
+        versions = [form.format(number) for number in numbers]
+        assert sorted(versions, key=_natural) == [form.format(number) for number in sorted(numbers)]
+
+
+@given(st.lists(st.from_regex(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,9}", fullmatch=True)))
+def test_versions_of_any_form(versions: list[str]) -> None:
+    """All versions that may exist can be ordered."""
+    assert sorted(sorted(versions, key=_natural)) == sorted(versions)
