@@ -1,6 +1,7 @@
 """Reading bodies within bounds: of one body, of all bodies at a time, and of time."""
 
 import asyncio
+import re
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -39,8 +40,8 @@ class Intake:
                 accepted="identity (Arrow record batches may be compressed inside the stream)",
             )
         declared = request.headers.get("content-length")
-        if declared is not None and not declared.isdecimal():
-            raise MalformedBody(problem=f"Content-Length must be a number, not '{declared[:40]}'.")
+        if declared is not None and not re.fullmatch("[0-9]{1,18}", declared):
+            raise MalformedBody(problem=f"Content-Length must be a number of bytes, not '{declared[:40]}'.")
         # A declared body takes its place at once; of an undeclared one each piece does.
         held = int(declared) if declared is not None else 0
         if held > self.max_body_bytes:
