@@ -16,7 +16,11 @@ async def livez(request: Request) -> Response:  # noqa: ARG001 - an endpoint's s
 async def readyz(request: Request) -> Response:
     """200 when the default version of every model answers; else 503 with the reason. Both list every version and its state."""
     app = state(request)
-    reason = "This server is shutting down." if app.is_draining else app.models.problem()
+    reason = app.models.problem()
+    if not app.batcher.is_running:
+        reason = "The queue is not being worked off. Restart the server."
+    if app.is_draining:
+        reason = "This server is shutting down."
     if reason is not None:
         raise NotReady(reason=reason, models=app.models.states())
     return JSONResponse({"status": "ready", "models": app.models.states()})

@@ -156,6 +156,11 @@ class Batcher:
             if n_given < n_rows:
                 metrics.CANCELLED.inc()
 
+    @property
+    def is_running(self) -> bool:
+        """Whether the queue is being worked off."""
+        return self._task is not None and not self._task.done()
+
     def retry_after_seconds(self) -> int:
         """Seconds after which what waits now should have run, at the speed that was measured; at least 1, at most 60."""
         return min(60, max(1, math.ceil(self._n_queued / self._rows_per_second))) if self._rows_per_second else 1

@@ -23,8 +23,8 @@ class Models:
     store: Store
     runtime: Runtime
     _listing: Listing = field(default_factory=lambda: Listing({}, {}))
-    _problem: str | None = None
-    """Why the store as a whole cannot be read."""
+    _broken: dict[str, str] = field(default_factory=dict)
+    """Models whose aliases cannot be read, and why."""
 
     _loaded: dict[ModelId, Model] = field(default_factory=dict)
     _failed: dict[ModelId, str] = field(default_factory=dict)
@@ -39,15 +39,22 @@ class Models:
     def load_all(self) -> None:
         """Load every version of the store, default versions first, and note why a version cannot be served."""
         try:
-            self._listing = self.store.listing()
-            defaults = {self._listing.resolve(name) for name in self._listing.versions}
+            versions = {name: self.store.versions(name) for name in self.store.names()}
+            self._listing = Listing(versions, {name: self._aliases(name) for name in versions})
+            defaults = {self._listing.resolve(name) for name in versions}
             for model_id in sorted(self._listing.ids(), key=lambda candidate: candidate not in defaults):
                 self._load(model_id)
-        except CellserveError as error:
-            self._problem = str(error)
-            logger.exception("the store cannot be read", extra={"reason": str(error)})
         finally:
             self._is_done.set()
+
+    def _aliases(self, name: str) -> Mapping[str, str]:
+        """Aliases of a model; where they cannot be read nobody knows what its name means, and it does not answer."""
+        try:
+            return self.store.aliases(name)
+        except CellserveError as error:
+            self._broken[name] = str(error)
+            logger.exception("aliases refused", extra={"model": name, "reason": str(error)})
+            return {}
 
     def _load(self, model_id: ModelId) -> None:
         try:
@@ -78,6 +85,8 @@ class Models:
         if not self._listing.versions and not self._is_done.is_set():
             raise ModelNotReady(model=(name or "")[:140], reason=LOADING)
         model_id = self._listing.resolve(name)
+        if model_id.name in self._broken:
+            raise ModelNotReady(model=model_id.name, reason=self._broken[model_id.name])
         model = self._loaded.get(model_id)
         if model is None:
             raise ModelNotReady(model=str(model_id), reason=self._failed.get(model_id, LOADING))
@@ -91,8 +100,6 @@ class Models:
         """Why this process cannot do its work yet, or None when the default version of every model answers."""
         if not self._is_done.is_set():
             return LOADING
-        if self._problem is not None:
-            return self._problem
         if not self._listing.versions:
             return f"There is no model in {self.store.root}. Export one (make export), or point CELLSERVE_STORE to a store."
         for name in self._listing.versions:

@@ -29,7 +29,7 @@ async def ready(client: httpx.AsyncClient) -> tuple[int, str]:
 
 
 async def test_before_during_and_after_loading(tiny_path: Path) -> None:
-    """livez answers all the time; readyz says that models are being loaded until they are."""
+    """Livez answers all the time; readyz says that models are being loaded until they are."""
     async with serving(tiny_path, is_loaded=False) as client:
         assert (await client.get("/livez")).json() == {"status": "alive"}
         status, reason = await ready(client)
@@ -126,7 +126,19 @@ async def test_the_exposition_parses(client: httpx.AsyncClient) -> None:
     assert answer.headers["content-type"].startswith("text/plain")
     assert len(families) >= 12
     labels = {label for family in families for sample in family.samples for label in sample.labels}
-    assert labels == {"route", "method", "status", "task", "stage", "code", "model", "version", "family", "provider", "le"}
+    assert labels == {
+        "route",
+        "method",
+        "status",
+        "task",
+        "stage",
+        "code",
+        "model",
+        "version",
+        "family",
+        "provider",
+        "le",
+    }
     for family in families:
         assert family.documentation
         assert not family.name.endswith(("_ms", "_milliseconds"))
