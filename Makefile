@@ -60,7 +60,7 @@ bench: $(DEV)/.ready $(SERVE)/.ready $(BENCH)/.ready  ## benchmarks/, both sides
 	  $(DEV)/bin/python -m benchmarks.embed_http
 
 bento: $(SERVE)/.ready  ## build a bento of the service and the models
-	$(SERVE)/bin/bentoml build --version "$$(git describe --always --dirty --tags)"
+	PATH="$(CURDIR)/.uv/bin:$$PATH" $(SERVE)/bin/bentoml build --version "$$(git describe --always --dirty --tags)"
 
 docs: $(DEV)/.ready  ## write the generated parts and build site/
 	$(DEV)/bin/python -m docs.generate
