@@ -13,7 +13,11 @@ from service.inference import TASKS
 from training.families import FAMILIES
 
 ROOT = Path(__file__).parent.parent
-WRONG = re.compile(rb"pypi\.org|pythonhosted|index[-_]url|--find-links[ =]/|/opt/wheels|/home/[a-z]+/|/root/|/work\b")
+# One letter of each word in brackets, so that this file does not hold what it looks for. ROOT is this machine's own path.
+WRONG = re.compile(
+    rb"py[p]i\.org|python[h]osted|index[-_]ur[l]|--find-link[s][ =]/|/opt/[w]heels|/hom[e]/[a-z]+/|/roo[t]/|"
+    + re.escape(f"{ROOT}/".encode())
+)
 
 
 def committed() -> list[Path]:
@@ -30,11 +34,7 @@ def test_these_packages_are_tested() -> None:
 
 def test_no_index_and_no_machine() -> None:
     """No committed file names a package index, or a path of somebody's machine."""
-    found = {
-        str(path.relative_to(ROOT))
-        for path in committed()
-        if path != Path(__file__) and WRONG.search(path.read_bytes())
-    }
+    found = {str(path.relative_to(ROOT)) for path in committed() if WRONG.search(path.read_bytes())}
 
     assert found == set()
 
@@ -42,18 +42,20 @@ def test_no_index_and_no_machine() -> None:
 @pytest.mark.parametrize(
     "planted",
     [
-        "--extra-index-url=https://wheels.example/simple",
-        "https://pypi.org/simple",
-        "https://files.pythonhosted.org/packages/a.whl",
-        "--find-links /opt/wheels",
-        "'/work/main/service'",
-        "/home/somebody/cells.h5ad",
-        "/root/.cache",
+        ("--extra-index-", "url=https://wheels.example/simple"),
+        ("https://py", "pi.org/simple"),
+        ("https://files.python", "hosted.org/packages/a.whl"),
+        ("--find-", "links /a/folder"),
+        ("/opt/", "wheels"),
+        (str(ROOT), "/service"),
+        ("/ho", "me/somebody/cells.h5ad"),
+        ("/ro", "ot/.cache"),
     ],
+    ids="".join,
 )
-def test_the_probe_would_notice(planted: str) -> None:
+def test_the_probe_would_notice(planted: tuple[str, str]) -> None:
     """Each kind of what must not be committed is found in the middle of a file."""
-    assert WRONG.search(f"first line\nbefore {planted} after\n".encode())
+    assert WRONG.search(f"first line\nbefore {''.join(planted)} after\n".encode())
 
 
 def test_the_probe_looks_at_this_repository() -> None:
