@@ -19,7 +19,32 @@ export CELLSERVE_PROVIDER ?= $(PROVIDER)
 export UV_CUSTOM_COMPILE_COMMAND := make lock
 COMPILE := $(UV) pip compile -q --universal --python-version 3.11 --generate-hashes --no-emit-package torch pyproject.toml
 
-.PHONY: help setup setup-serve serve train evaluate export reproduce test lint bench bento docs examples lock clean
+# Images. With podman: BUILDER=podman ENGINE=podman. Where no registry can be reached: BASE_IMAGE=an image at hand.
+BASE_IMAGE ?=
+BUILDER ?= docker
+ENGINE ?= docker
+ENGINE_OPTIONS ?=
+BUILD_OPTIONS ?=
+BENTOML_OPTIONS ?=
+RUN_OPTIONS ?=
+REVISION := $(shell git describe --always --dirty --tags)
+IMAGE ?= cellserve:$(REVISION)
+BENTO = $(BENTOML_HOME)/bentos/cellserve/$(REVISION)
+# Podman and buildah write health checks in Docker's format only.
+BUILD_IMAGE = $(BUILDER) build $(if $(filter podman buildah,$(BUILDER)),--format docker) -f $(BENTO)/src/deploy/Containerfile \
+  $(if $(BASE_IMAGE),--build-arg BASE_IMAGE=$(BASE_IMAGE)) --build-arg VERSION=$(REVISION) $(LABELS) $(BUILD_OPTIONS)
+LABELS = $(foreach label,title=cellserve licenses=Apache-2.0 version=$(PROJECT_VERSION) revision=$(shell git rev-parse HEAD),\
+  --label org.opencontainers.image.$(label)) --label cellserve.models="$(MODELS)"
+PROJECT_VERSION = $(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)
+MODELS = $(shell ls -d models_store/*/*/ | awk -F/ '{printf "%s%s@%s", sep, $$2, $$3; sep=","}')
+FINISH_IMAGE = mkdir -p dist && id=$$($(ENGINE) create $(1)) && $(ENGINE) cp $$id:/opt/cellserve/sbom.cdx.json dist/$(2).cdx.json \
+  && $(ENGINE) rm $$id >/dev/null && $(ENGINE) history --format '{{.Size}}  {{.CreatedBy}}' $(1)
+TEST_IMAGE = CELLSERVE_TEST_IMAGE=$(IMAGE) CELLSERVE_TEST_ENGINE="$(ENGINE) $(ENGINE_OPTIONS)" \
+  CELLSERVE_TEST_RUN_OPTIONS="$(SAFE_OPTIONS) $(RUN_OPTIONS)"
+SAFE_OPTIONS = --read-only --tmpfs /tmp --cap-drop ALL --security-opt no-new-privileges
+
+.PHONY: help setup setup-serve serve train evaluate export reproduce test lint bench bento image image-gpu image-bentoml run-image test-image \
+  bench-image docs examples lock clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -60,7 +85,29 @@ bench: $(DEV)/.ready $(SERVE)/.ready $(BENCH)/.ready  ## benchmarks/, both sides
 	  $(DEV)/bin/python -m benchmarks.embed_http
 
 bento: $(SERVE)/.ready  ## build a bento of the service and the models
-	PATH="$(CURDIR)/.uv/bin:$$PATH" $(SERVE)/bin/bentoml build --version "$$(git describe --always --dirty --tags)"
+	rm -rf "$(BENTO)"
+	awk '{print} /^docker:/ && "$(BASE_IMAGE)" {print "  base_image: $(BASE_IMAGE)"}' bentofile.yaml > .cache/bentofile.yaml
+	PATH="$(CURDIR)/.uv/bin:$$PATH" $(SERVE)/bin/bentoml build -f .cache/bentofile.yaml --version $(REVISION) .
+
+image: bento  ## build the slim image (IMAGE) from the bento, and its list of parts (dist/)
+	$(BUILD_IMAGE) --build-arg REQUIREMENTS=serving.txt -t $(IMAGE) $(BENTO)
+	$(call FINISH_IMAGE,$(IMAGE),cellserve)
+
+image-gpu: bento  ## the same with ONNX Runtime for CUDA (IMAGE-gpu)
+	$(BUILD_IMAGE) --build-arg REQUIREMENTS=serving-gpu.txt --build-arg PROVIDER=cuda -t $(IMAGE)-gpu $(BENTO)
+	$(call FINISH_IMAGE,$(IMAGE)-gpu,cellserve-gpu)
+
+image-bentoml: bento  ## the image as BentoML's own template makes it (IMAGE-bentoml)
+	$(SERVE)/bin/bentoml containerize cellserve:$(REVISION) --backend $(BUILDER) -t $(IMAGE)-bentoml $(BENTOML_OPTIONS)
+
+run-image:  ## run IMAGE on PORT: read-only, no capabilities
+	$(ENGINE) $(ENGINE_OPTIONS) run --rm $(SAFE_OPTIONS) -p $(HOST):$(PORT):3000 $(RUN_OPTIONS) $(IMAGE)
+
+test-image: $(DEV)/.ready  ## start IMAGE and prove it: safe options, same bits, SIGTERM, a mounted model
+	$(TEST_IMAGE) $(DEV)/bin/python -m pytest tests/container -v
+
+bench-image: $(DEV)/.ready image image-bentoml  ## size, layers and start of IMAGE beside BentoML's own image of the same bento
+	$(TEST_IMAGE) $(DEV)/bin/python -m benchmarks.image $(IMAGE) $(IMAGE)-bentoml
 
 docs: $(DEV)/.ready  ## write the generated parts and build site/
 	$(DEV)/bin/python -m docs.generate
@@ -72,7 +119,8 @@ examples: $(DEV)/.ready $(SERVE)/.ready  ## ask a running server for the real an
 lock: $(UV)  ## resolve requirements/ again
 	$(COMPILE) -o requirements/serving.txt
 	$(COMPILE) --extra gpu --no-emit-package onnxruntime --override requirements/override-gpu.txt -o requirements/serving-gpu.txt
-	$(COMPILE) --extra train -c requirements/serving.txt -o requirements/training.txt
+	$(COMPILE) --extra client -c requirements/serving.txt --no-emit-package onnxruntime -o requirements/client.txt
+	$(COMPILE) --extra train -c requirements/client.txt -o requirements/training.txt
 	$(COMPILE) --extra train --extra dev -c requirements/training.txt -o requirements/development.txt
 	$(COMPILE) --extra bench -o requirements/benchmark.txt
 
@@ -83,9 +131,10 @@ $(UV):
 	$(PYTHON) -m venv .uv
 	.uv/bin/python -m pip install -q --disable-pip-version-check uv==0.13.8
 
-$(SERVE)/.ready: $(SERVE_LOCK) pyproject.toml | $(UV)
+# What the server needs is SERVE_LOCK alone; the client and the command line come with it because people try both here.
+$(SERVE)/.ready: $(SERVE_LOCK) requirements/client.txt pyproject.toml | $(UV)
 	$(UV) venv -q --allow-existing --python $(PYTHON) $(@D)
-	$(UV) pip sync -q --require-hashes --python $(@D) $(SERVE_LOCK)
+	$(UV) pip sync -q --require-hashes --python $(@D) $(SERVE_LOCK) requirements/client.txt
 	$(UV) pip install -q --no-deps --python $(@D) -e .
 	touch $@
 

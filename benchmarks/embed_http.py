@@ -12,7 +12,6 @@ The floor: an encoder of G genes and H hidden units needs 2·G·H floating-point
 import argparse
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -29,6 +28,7 @@ import scipy.sparse as sp
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.machine import machine
 from service.contract import artifact
 from service.contract.store import Store
 from service.inference.model import Model, load
@@ -125,7 +125,7 @@ def main() -> int:
                 raw[size].append(raw_session(session, counts, size, options.seconds))
     scvi = scvi_side(options.scvi_python, counts, model.manifest.n_latent, options.seconds, options.rounds)
     result = {
-        "machine": {"processor": _processor(), "cpus": model.runtime.n_threads, "python": platform.python_version()},
+        "machine": machine(),
         "model": model.id,
         "n_genes": model.manifest.genes.n_genes,
         "nonzero_per_cell": round(counts.nnz / counts.shape[0]),
@@ -143,13 +143,6 @@ def main() -> int:
     options.output.write_text(json.dumps(result, indent=2) + "\n")
     _print(result)
     return 0
-
-
-def _processor() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    return next(
-        (line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.processor()
-    )
 
 
 def _print(result: dict[str, Any]) -> None:

@@ -3,20 +3,15 @@
 from pathlib import Path
 from typing import Annotated, NoReturn
 
-import anndata as ad
 import typer
 from rich.console import Console
 from rich.table import Table
 
-from service.cells.counts import Cells
-from service.cells.formats.arrow import ArrowWriter
-from service.client import fill, find_counts, read_answer
 from service.contract import artifact
 from service.contract.store import ModelId, Store
 from service.errors import CellserveError
 from service.inference import TASKS
-from service.inference.model import Model, load
-from service.inference.query import prepare
+from service.inference.model import load
 from service.inference.session import choose_runtime
 from service.inference.task import Task
 from service.settings import Settings, SettingsError, read_settings
@@ -112,20 +107,6 @@ def alias(
     console.print(f"{target.name}@{name} is {target} now")
 
 
-def run_task(
-    task: Task, model: Model, adata: ad.AnnData, options: dict[str, str], layer: str | None, gene_key: str | None
-) -> ad.AnnData:
-    """Answer cells in this process with the code of the service; arguments, answer and errors as of `Client.run`."""
-    chosen = task.read_options(options, model)
-    counts, genes, source = find_counts(adata, layer, gene_key)
-    query = prepare(model, Cells(genes=tuple(genes), counts=counts, cell_ids=tuple(adata.obs_names)))
-    writer = ArrowWriter()
-    content = (
-        writer.start(query.head(model, task)) + writer.write(task.run(model, query.counts, chosen), None) + writer.end()
-    )
-    return fill(adata, [read_answer(content)], source)
-
-
 def _add_command(task: Task) -> None:
     known = ", ".join(f"{name} ({field.description})" for name, field in task.options.model_fields.items()) or "none"
 
@@ -143,14 +124,18 @@ def _add_command(task: Task) -> None:
         option: Annotated[list[str] | None, typer.Option(help=f"name=value; options: {known}.")] = None,
         store: StoreOption = None,
     ) -> None:
+        try:
+            from service import offline
+        except ModuleNotFoundError as error:
+            _fail(f"{error}. Tasks on .h5ad files need the client's packages: requirements/client.txt.")
         where, settings = _store(store)
         runtime = choose_runtime(settings.provider, settings.threads, settings.allow_provider_fallback)
         loaded = load(artifact.read(where.path(where.resolve(model))), runtime)
         pairs = [item.partition("=") for item in option or []]
         if unlike := next((name for name, separator, _ in pairs if not separator), None):
             _fail(f"'{unlike}' is not of the form name=value.")
-        answer = run_task(
-            task, loaded, ad.read_h5ad(source), {name: value for name, _, value in pairs}, layer, gene_key
+        answer = offline.run_task(
+            task, loaded, offline.read_h5ad(source), {name: value for name, _, value in pairs}, layer, gene_key
         )
         answer.write_h5ad(target)
         console.print(f"{answer.n_obs:,} cells answered by {loaded.id}, written to {target}")

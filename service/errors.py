@@ -236,11 +236,11 @@ class ProviderUnavailable(CellserveError):
     code = "provider_unavailable"
     title = "Execution provider unavailable"
     sentence = (
-        "Provider '{asked}' was asked for, but ONNX Runtime here offers {offered}. Install the GPU build "
-        "(make serve PROVIDER=cuda), or set CELLSERVE_ALLOW_PROVIDER_FALLBACK=true to run on the CPU instead."
+        "Provider '{asked}' was asked for, but cannot be used: {reason}. Mend that, or set CELLSERVE_PROVIDER=cpu, "
+        "or CELLSERVE_ALLOW_PROVIDER_FALLBACK=true to run on the CPU wherever it is so."
     )
     asked: str
-    offered: str
+    reason: str
 
 
 @dataclass(eq=False)

@@ -22,6 +22,9 @@ from service.inference.models import Models
 from service.inference.session import Runtime
 from tests.builders import write_artifact
 
+# They need a built image and a container engine: `make test-image` names both.
+collect_ignore = [] if "CELLSERVE_TEST_IMAGE" in os.environ else ["container"]
+
 # Importing service.app sets BentoML up; its files must not land in the user's home.
 os.environ.setdefault("BENTOML_HOME", tempfile.mkdtemp(prefix="cellserve-bentoml-"))
 

@@ -53,10 +53,9 @@ def choose_runtime(provider: Provider, n_threads: int | None, allow_fallback: bo
     Raises:
         ProviderUnavailable: it is not there and `allow_fallback` is false.
     """
-    available = ort.get_available_providers()
-    if _PROVIDERS[provider] not in available or (provider == "cuda" and not _cuda_works()):
+    if provider == "cuda" and (reason := _cuda_obstacle()):
         if not allow_fallback:
-            raise ProviderUnavailable(asked=provider, offered=", ".join(available))
+            raise ProviderUnavailable(asked=provider, reason=reason)
         provider = "cpu"
     return Runtime(provider=provider, n_threads=n_threads or usable_cpus())
 
@@ -82,17 +81,21 @@ def _quota(cgroup: Path) -> float | None:
 
 
 @cache
-def _cuda_works() -> bool:
-    """Whether a CUDA driver with a device is there; onnxruntime-gpu lists its provider on machines without one, too."""
+def _cuda_obstacle() -> str | None:
+    """Why CUDA cannot be used here; None where it can. onnxruntime-gpu lists its provider on machines without a GPU, too."""
+    if _PROVIDERS["cuda"] not in ort.get_available_providers():
+        return "this is ONNX Runtime's CPU build (make serve PROVIDER=cuda and make image-gpu have the other)"
     n_devices = ctypes.c_int()
     try:
         driver = ctypes.CDLL("libcuda.so.1")
-        works = driver.cuInit(0) == 0 and driver.cuDeviceGetCount(ctypes.byref(n_devices)) == 0 and n_devices.value > 0
     except OSError:
-        return False
-    if works and hasattr(ort, "preload_dlls"):
-        ort.preload_dlls()  # CUDA and cuDNN from the nvidia wheels, which no linker path names
-    return works
+        return "there is no NVIDIA driver here, libcuda.so.1 (a container gets it by `docker run --gpus all` or a CDI device)"
+    if (status := driver.cuInit(0)) or (status := driver.cuDeviceGetCount(ctypes.byref(n_devices))):
+        return f"the NVIDIA driver answers with error {status} (does `nvidia-smi` work?)"
+    if n_devices.value == 0:
+        return "the NVIDIA driver shows no GPU to this process (CUDA_VISIBLE_DEVICES?)"
+    ort.preload_dlls()  # CUDA and cuDNN from the nvidia wheels, which no linker path names
+    return None
 
 
 class Session:
@@ -124,7 +127,10 @@ class Session:
         except Exception as error:  # ONNX Runtime has no base class for its errors
             raise InvalidArtifact(path=path, problem=f"ONNX Runtime refuses it: {str(error)[:300]}") from None
         if provider not in self._session.get_providers():
-            raise ProviderUnavailable(asked=runtime.provider, offered=", ".join(self._session.get_providers()))
+            raise ProviderUnavailable(
+                asked=runtime.provider,
+                reason="its libraries do not load or do not fit the driver; ONNX Runtime's own message stands above",
+            )
         for kind, found, wanted in (
             ("inputs", self._session.get_inputs(), graph.inputs),
             ("outputs", self._session.get_outputs(), graph.outputs),

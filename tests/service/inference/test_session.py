@@ -106,8 +106,8 @@ def test_bytes_that_are_no_graph() -> None:
 
 def test_a_provider_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without CUDA, asking for it is an error, and a fallback only where it is allowed."""
-    monkeypatch.setattr(module, "_cuda_works", lambda: False)
-    with pytest.raises(ProviderUnavailable, match="CELLSERVE_ALLOW_PROVIDER_FALLBACK"):
+    monkeypatch.setattr(module, "_cuda_obstacle", lambda: "the reason")
+    with pytest.raises(ProviderUnavailable, match=r"the reason.*CELLSERVE_ALLOW_PROVIDER_FALLBACK"):
         choose_runtime("cuda", 3, allow_fallback=False)
 
     assert choose_runtime("cuda", 3, allow_fallback=True) == Runtime("cpu", 3)
