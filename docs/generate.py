@@ -132,10 +132,27 @@ def benchmark() -> str:
     return f"{_table(header, rows)}\n{machine}; medians of {result['rounds']} rounds. Ratios carry over to other machines, rates do not.\n"
 
 
+def image() -> str:
+    """benchmarks/image.json, which `make bench-image` writes."""
+    result = json.loads((ROOT / "benchmarks/image.json").read_text())
+    titles = {"slim": "`make image`", "stock": "`make image-bentoml`"}
+    rows = [
+        ("size in MB, base included", *(f"{result[kind]['bytes'] / 1e6:.0f}" for kind in titles)),
+        ("seconds from start to the first answer", *(f"{result[kind]['seconds_to_first_answer']}" for kind in titles)),
+        ("memory at rest in MB (PSS)", *(f"{result[kind]['memory_bytes'] / 1e6:.0f}" for kind in titles)),
+    ]
+    layers = ", ".join(layer["size"] for layer in result["slim"]["layers"])
+    return (
+        f"{_table(('', *titles.values()), rows)}\nOne bento, one Debian base, medians of {result['rounds']} starts in turns; printed by "
+        f"`make bench-image`. Layers of the slim image, models first, then code, packages, base: {layers}.\n"
+    )
+
+
 PARTS: dict[str, Callable[[], str]] = {
     "settings": settings,
     "evaluation": evaluation,
     "benchmark": benchmark,
+    "image": image,
     "metrics": metric_families,
     "errors": errors,
     "tasks": tasks,

@@ -5,6 +5,7 @@ import re
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
@@ -193,6 +194,37 @@ def test_stop_with_requests_in_flight(cells: tuple[sp.csr_matrix, tuple[str, ...
         assert [answer.status_code for answer in answers] == [200] * 6
         assert all(values(answer) == values(answers[0]) for answer in answers)
         assert n_answered_before < 6, "nothing was in flight when the signal came"
+
+
+def test_memory_limit(cells: tuple[sp.csr_matrix, tuple[str, ...]]) -> None:
+    """With the settings that docs/deploy.md gives for 512 MB, the largest bodies from 8 clients at once kill nothing."""
+    row = re.search(r"^\| 512 MB \| (\d+) \| (\d+) \| (\d+) \|$", (ROOT / "docs/deploy.md").read_text(), re.MULTILINE)
+    names = ("MAX_BODY_BYTES", "MAX_BODY_BYTES_IN_FLIGHT", "MAX_DECODED_BYTES")
+    settings = dict(zip(names, map(int, row.groups()), strict=True))
+    options = [part for name, value in settings.items() for part in ("-e", f"CELLSERVE_{name}={value}")]
+    bodies = []
+    for compression in (None, "zstd"):
+        n_cells = 100
+        while len(arrow_body(cells[0][: n_cells + 50], cells[1])) < settings["MAX_BODY_BYTES"]:
+            n_cells += 50
+        bodies.append(arrow_body(cells[0][:n_cells], cells[1], compression=compression))
+
+    with running(*options) as container, container.network():
+        too_large = post("embed", b"x" * (settings["MAX_BODY_BYTES"] + 1))
+        assert (too_large.status_code, too_large.json()["code"]) == (413, "body_too_large")
+        with ThreadPoolExecutor(8) as clients:
+            jobs = [
+                clients.submit(lambda task, body: post(task, body).status_code, task, body)
+                for task in ("embed", "annotate", "reconstruct")
+                for body in bodies
+                for _ in range(16)
+            ]
+            statuses = [job.result() for job in jobs]
+        assert set(statuses) <= {200, 429}, statuses
+        assert statuses.count(200) >= 16, statuses
+        assert container.state["Running"]
+        assert not container.state.get("OOMKilled")
+        assert httpx.get(URL + "/readyz").status_code == 200
 
 
 def test_early_signal() -> None:

@@ -24,7 +24,7 @@ class Server:
 
     def __init__(self, store: Path, **environment: str) -> None:
         """Make a server of the models in `store`; further arguments are environment variables."""
-        self.port = _free_port()
+        self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self._home = tempfile.TemporaryDirectory(prefix="cellserve-test-")
         self._log = Path(self._home.name) / "log"
@@ -120,7 +120,8 @@ def running_server(store: Path, **environment: str) -> Iterator[str]:
         server.close()
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A port of the loopback interface that nothing listens on."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]
