@@ -41,11 +41,13 @@ def layers(name: str) -> list[dict[str, str]]:
     """Layers that hold files, newest first, and what made them."""
     lines = engine("history", "--no-trunc", "--format", "{{.Size}}\t{{.CreatedBy}}", name).splitlines()
     parts = [line.split("\t", 1) for line in lines]
-    return [
-        {"size": size, "made_by": made_by.removeprefix("/bin/sh -c ").removeprefix("#(nop) ")[:90]}
-        for size, made_by in parts
-        if size.replace(" ", "") != "0B"
-    ]
+    return [{"size": size, "made_by": _made_by(command)} for size, command in parts if size.replace(" ", "") != "0B"]
+
+
+def _made_by(command: str) -> str:
+    """The instruction and, of a copy, where to."""
+    words = command.removeprefix("/bin/sh -c ").removeprefix("#(nop) ").split()
+    return f"{words[0]} {words[-1]}" if words[0] in ("COPY", "ADD") else words[0]
 
 
 def start(name: str, body: bytes) -> tuple[float, int]:
