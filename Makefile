@@ -85,7 +85,7 @@ bench: $(DEV)/.ready $(SERVE)/.ready $(BENCH)/.ready  ## benchmarks/, both sides
 	  $(DEV)/bin/python -m benchmarks.embed_http
 
 bento: $(SERVE)/.ready  ## build a bento of the service and the models
-	rm -rf "$(BENTO)"
+	rm -rf "$(BENTO)" && mkdir -p .cache
 	awk '{print} /^docker:/ && "$(BASE_IMAGE)" {print "  base_image: $(BASE_IMAGE)"}' bentofile.yaml > .cache/bentofile.yaml
 	PATH="$(CURDIR)/.uv/bin:$$PATH" $(SERVE)/bin/bentoml build -f .cache/bentofile.yaml --version $(REVISION) .
 
