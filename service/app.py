@@ -13,6 +13,8 @@ from typing import Any
 
 # Before bentoml is imported: it phones home unless this says exactly "true".
 os.environ.setdefault("BENTOML_DO_NOT_TRACK", "true")
+# Before prometheus_client is imported: with one worker there is nothing to add up over processes (see metrics.py).
+os.environ.pop("PROMETHEUS_MULTIPROC_DIR", None)
 
 import bentoml
 from _bentoml_sdk import Service

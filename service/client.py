@@ -113,12 +113,13 @@ class Client:
 
     def _bodies(self, counts: sp.csr_matrix, genes: list[str]) -> Iterator[bytes]:
         metadata = {"genes": json.dumps(genes)}
+        gene_type = pa.uint16() if len(genes) <= 2**16 else pa.int32()
         for start in range(0, counts.shape[0], self.cells_per_request):
             piece = counts[start : start + self.cells_per_request]
             offsets = pa.array(piece.indptr, pa.int32())
             batch = pa.record_batch(
                 {
-                    "gene": pa.ListArray.from_arrays(offsets, pa.array(piece.indices, pa.int32())),
+                    "gene": pa.ListArray.from_arrays(offsets, pa.array(piece.indices).cast(gene_type)),
                     "count": pa.ListArray.from_arrays(offsets, pa.array(_narrow(piece.data))),
                 }
             ).replace_schema_metadata(metadata)
@@ -154,10 +155,11 @@ def find_counts(
 
 
 def _narrow(counts: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    """Counts in 16 bits where all are whole and fit, which halves the body; otherwise as they are, for the server to judge."""
-    narrow = counts.astype(np.uint16) if len(counts) and counts.min() >= 0 and counts.max() < 2**16 else None
-    if narrow is not None and (narrow == counts).all():
-        return narrow
+    """Counts in 8 or 16 bits where all are whole and fit, which makes the body small; otherwise as they are, for the server to judge."""
+    if len(counts) and counts.min() >= 0 and counts.max() < 2**16:
+        narrow = counts.astype(np.uint8 if counts.max() < 2**8 else np.uint16)
+        if (narrow == counts).all():
+            return narrow
     return counts if counts.dtype in (np.int32, np.int64, np.float32, np.float64) else counts.astype(np.float64)
 
 

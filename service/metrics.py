@@ -1,20 +1,17 @@
 """Every counter, gauge and histogram with its buckets. Names of genes and cells never become labels.
 
-BentoML sets PROMETHEUS_MULTIPROC_DIR in its workers; prometheus_client then keeps values in files there, which `exposition` adds up.
+Values live in the memory of the one worker: app.py takes away the PROMETHEUS_MULTIPROC_DIR that BentoML sets, with which
+prometheus_client would write every change of every value to a file.
 """
-
-import os
 
 from prometheus_client import (
     CONTENT_TYPE_LATEST,
     REGISTRY,
-    CollectorRegistry,
     Counter,
     Gauge,
     Histogram,
     generate_latest,
 )
-from prometheus_client.multiprocess import MultiProcessCollector
 
 SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60)
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
@@ -27,28 +24,26 @@ REQUEST_SECONDS = Histogram(
     ("route",),
     buckets=SECONDS,
 )
-REQUESTS_IN_FLIGHT = Gauge("cellserve_requests_in_flight", "Requests being answered.", multiprocess_mode="livesum")
+REQUESTS_IN_FLIGHT = Gauge("cellserve_requests_in_flight", "Requests being answered.")
 STAGE_SECONDS = Histogram("cellserve_stage_seconds", "Time per request and stage.", ("task", "stage"), buckets=SECONDS)
 REFUSED = Counter("cellserve_refused_total", "Requests that were answered with an error, by its code.", ("code",))
 CELLS = Counter("cellserve_cells_total", "Cells answered.", ("model", "version", "task"))
 BATCH_ROWS = Histogram("cellserve_batch_rows", "Cells that ran together.", ("task",), buckets=ROWS)
-QUEUE_ROWS = Gauge("cellserve_queue_rows", "Cells waiting to run.", multiprocess_mode="livesum")
+QUEUE_ROWS = Gauge("cellserve_queue_rows", "Cells waiting to run.")
 QUEUE_WAIT_SECONDS = Histogram(
     "cellserve_queue_wait_seconds", "From admission to the start of the first cell of a request.", buckets=SECONDS
 )
 CANCELLED = Counter("cellserve_cancelled_total", "Requests that left before their answer was complete.")
-BODY_BYTES_IN_FLIGHT = Gauge("cellserve_body_bytes_in_flight", "Bytes of bodies held.", multiprocess_mode="livesum")
+BODY_BYTES_IN_FLIGHT = Gauge("cellserve_body_bytes_in_flight", "Bytes of bodies held.")
 MODEL_INFO = Gauge(
     "cellserve_model_info",
     "1 for each loaded version.",
     ("model", "version", "family", "provider"),
-    multiprocess_mode="livemax",
 )
 MODEL_FAILED = Gauge(
     "cellserve_model_failed",
     "1 for each version that could not be loaded.",
     ("model", "version"),
-    multiprocess_mode="livemax",
 )
 CONTENT_TYPE = CONTENT_TYPE_LATEST
 
@@ -64,9 +59,5 @@ def initialise(tasks: tuple[str, ...], codes: tuple[str, ...]) -> None:
 
 
 def exposition() -> bytes:
-    """All metrics of all workers in Prometheus' text format."""
-    if "PROMETHEUS_MULTIPROC_DIR" not in os.environ:
-        return generate_latest(REGISTRY)
-    registry = CollectorRegistry()
-    MultiProcessCollector(registry)  # type: ignore[no-untyped-call]
-    return generate_latest(registry)
+    """All metrics in Prometheus' text format."""
+    return generate_latest(REGISTRY)

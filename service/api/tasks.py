@@ -23,6 +23,8 @@ from service.inference.query import Query, prepare
 from service.inference.task import Task
 
 MODEL_OPTION = "model"
+PARSED_AT_ONCE = 64 * 2**10
+"""Bytes of a body that is parsed in the event loop: a few cells, which take less time than a change of threads."""
 
 
 def endpoint(task: Task) -> Endpoint:
@@ -38,8 +40,11 @@ def endpoint(task: Task) -> Endpoint:
         model = find_model(app, request, task)
         work = Work(model=model, task=task, options=task.read_options(query_options(request), model))
         async with app.intake.body(request) as body, cancelled_on_disconnect(request):
-            loop = asyncio.get_running_loop()
-            query, seconds = await loop.run_in_executor(app.parsers, _read, app, model, body_type, body)
+            if len(body) <= PARSED_AT_ONCE:
+                query, seconds = _read(app, model, body_type, body)
+            else:
+                loop = asyncio.get_running_loop()
+                query, seconds = await loop.run_in_executor(app.parsers, _read, app, model, body_type, body)
             return await _answer(app, work, query, seconds, answer_type)
 
     return answer

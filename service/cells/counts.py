@@ -42,6 +42,8 @@ class CountsReport:
     """Cells without a single count among all genes that were sent."""
 
     warnings: tuple[str, ...]
+    largest_library: float = 0.0
+    """Counts of the cell that has most; below `MAX_EXACT`, float32 sums of a cell's counts are exact."""
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
@@ -59,22 +61,22 @@ def check_raw(cells: Cells) -> CountsReport:
     """
     values = cells.counts.data
     kind = values.dtype.kind
-    if kind == "f":
-        finite = np.isfinite(values)
-        if not finite.all():
-            raise _refusal(
-                cells,
-                ~finite,
-                "not finite",
-                "NaN and infinity are no counts: a step before this one divided by zero or overflowed.",
-            )
-    if kind in "fi" and len(values) and values.min() < 0:
+    # One number decides each question where all is well; where it is is looked for only when it is not.
+    lowest, highest = (values.min(), values.max()) if len(values) else (0, 0)
+    if not (np.isfinite(lowest) and np.isfinite(highest)):
+        raise _refusal(
+            cells,
+            ~np.isfinite(values),
+            "not finite",
+            "NaN and infinity are no counts: a step before this one divided by zero or overflowed.",
+        )
+    if lowest < 0:
         raise _refusal(cells, values < 0, "negative", "The values look scaled or centred. Send raw counts.")
     if kind == "f":
         fractional = values != np.rint(values)
         if fractional.any():
             raise _refusal(cells, fractional, "fractional", _normalisation(values))
-    if len(values) and values.max() > MAX_EXACT:
+    if highest > MAX_EXACT:
         raise _refusal(
             cells,
             values > MAX_EXACT,
@@ -83,7 +85,12 @@ def check_raw(cells: Cells) -> CountsReport:
         )
     library_size = np.asarray(cells.counts.sum(axis=1, dtype=np.float64)).ravel()
     filled = library_size[library_size > 0]
-    return CountsReport(n_cells=len(cells), n_empty=len(library_size) - len(filled), warnings=_warnings(values, filled))
+    return CountsReport(
+        n_cells=len(cells),
+        n_empty=len(library_size) - len(filled),
+        warnings=_warnings(values, filled),
+        largest_library=float(filled.max()) if len(filled) else 0.0,
+    )
 
 
 def _warnings(values: NDArray[Any], filled: NDArray[np.float64]) -> tuple[str, ...]:
@@ -91,13 +98,14 @@ def _warnings(values: NDArray[Any], filled: NDArray[np.float64]) -> tuple[str, .
     if not len(filled):
         return ()
     warnings = []
-    nonzero = values[values > 0]
     # Counts of a droplet are mostly ones and have a long tail; rounded logarithms have neither.
-    if len(nonzero) > 1000 and nonzero.max() <= LOG_LIKE_MAXIMUM and (nonzero == 1).mean() < 0.5:
-        warnings.append(
-            f"All values are integers, but none is above {int(nonzero.max())} and only {(nonzero == 1).mean():.0%} are 1: these may be "
-            "rounded log values. Send raw counts."
-        )
+    if values.max() <= LOG_LIKE_MAXIMUM:
+        n_nonzero, n_ones = np.count_nonzero(values), np.count_nonzero(values == 1)
+        if n_nonzero > 1000 and n_ones / n_nonzero < 0.5:
+            warnings.append(
+                f"All values are integers, but none is above {int(values.max())} and only {n_ones / n_nonzero:.0%} are 1: these may be "
+                "rounded log values. Send raw counts."
+            )
     if np.median(filled) > READ_LIKE_MEDIAN:
         warnings.append(
             f"The median cell has {np.median(filled):,.0f} counts: these look like reads, not unique molecules. The model was trained on "
@@ -130,3 +138,14 @@ def _refusal(cells: Cells, is_wrong: NDArray[np.bool_], kind: str, hint: str) ->
         gene=cells.genes[cells.counts.indices[first]][:60],
         hint=hint,
     )
+
+
+def csr(data: NDArray[Any], indices: NDArray[Any], indptr: NDArray[Any], n_genes: int) -> sp.csr_matrix:
+    """A matrix of arrays that are known to fit together; scipy's constructor would look at each index again."""
+    matrix = sp.csr_matrix((len(indptr) - 1, n_genes), dtype=data.dtype)
+    matrix.data, matrix.indices, matrix.indptr = (
+        data,
+        indices.astype(np.int32, copy=False),
+        indptr.astype(np.int32, copy=False),
+    )
+    return matrix

@@ -10,7 +10,9 @@ from typing import Any
 import numpy as np
 import scipy.sparse as sp
 from numpy.typing import NDArray
+from scipy.sparse import _sparsetools
 
+from service.cells.counts import csr
 from service.contract.gene_table import GeneTable
 from service.errors import TooFewGenes
 
@@ -60,7 +62,11 @@ class AlignmentReport:
     """Names that a spreadsheet has probably changed into dates (1-Mar); at most 20. They match nothing and are not guessed."""
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON."""
+        """Plain values, for JSON. Many requests have the same genes, hence the same report: the dictionary is theirs together."""
+        return self._plain
+
+    @cached_property
+    def _plain(self) -> dict[str, Any]:
         return asdict(self)
 
 
@@ -183,18 +189,25 @@ class GeneIndex:
         return "Send Ensembl gene ids or gene symbols of the model's species, and all genes that were measured, not only marker genes."
 
 
-def align(counts: sp.csr_matrix, positions: NDArray[np.int32], n_genes: int) -> sp.csr_matrix:
+def align(counts: sp.csr_matrix, positions: NDArray[np.int32], n_genes: int, is_exact: bool = False) -> sp.csr_matrix:
     """Reorder counts to the model's genes; genes that the query lacks become zero, columns of one gene are summed.
 
     Args:
         counts: raw counts, shape (n_cells, n_query_genes).
         positions: for each query gene its position in the model or -1, from `GeneIndex.locate`.
         n_genes: number of genes of the model.
+        is_exact: no cell has 2**24 counts or more, so that sums of its counts are exact in float32 in any order.
 
     Returns:
-        Counts float32 of shape (n_cells, n_genes) in canonical form: indices sorted within a cell, none twice. Columns are added up in
-        float64, where sums of counts are exact, so the order in which genes were sent leaves no trace in the result.
+        Counts float32 of shape (n_cells, n_genes). The order in which genes were sent leaves no trace in sums over them: where float32 is not
+        known to be exact, columns are added up in float64 and the form is canonical (indices sorted within a cell, none twice). Otherwise
+        indices stand as they were sent, and what the model does not use is a zero of its first gene: nothing is sorted, nothing moved.
     """
+    if is_exact:
+        data = counts.data.astype(np.float32)
+        if len(positions) and positions.min() < 0:
+            data *= (positions >= 0).astype(np.float32)[counts.indices]
+        return csr(data, np.maximum(positions, 0)[counts.indices], counts.indptr, n_genes)
     moved = positions[counts.indices]
     kept = moved >= 0
     ends = np.concatenate(([0], np.cumsum(kept)))[counts.indptr]
@@ -202,6 +215,15 @@ def align(counts: sp.csr_matrix, positions: NDArray[np.int32], n_genes: int) -> 
     aligned = sp.csr_matrix((data, moved[kept], ends), shape=(counts.shape[0], n_genes))
     aligned.sum_duplicates()
     return aligned.astype(np.float32)
+
+
+def densify(counts: sp.csr_matrix, rows: slice, out: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Fill `out`, shape (at least as many rows, n_genes), with some rows of `counts` and zeros below; what occurs twice is summed."""
+    out.fill(0.0)
+    # What `toarray` calls, on a view of the rows: slicing first would copy them.
+    indptr = counts.indptr[rows.start : rows.stop + 1]
+    _sparsetools.csr_todense(len(indptr) - 1, counts.shape[1], indptr, counts.indices, counts.data, out)
+    return out
 
 
 def _shown(name: str) -> str:

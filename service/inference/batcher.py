@@ -17,12 +17,19 @@ import scipy.sparse as sp
 
 from service import metrics
 from service.cells.columns import Columns, concatenate, n_cells, take
+from service.cells.counts import csr
 from service.errors import QueueFull, ShuttingDown
 from service.inference.model import Model
+from service.inference.session import SHAPES
 from service.inference.task import Options, Task
 
 MAX_WAITING_CHUNKS = 4
 """Chunks of an answer that may wait for a slow client before the request gives up its turn: the bound on an answer's memory."""
+
+
+FEW_ROWS = SHAPES[0]
+QUICK_SECONDS = 0.002
+"""A few rows of a task that took less than this the last time run in the event loop: two changes of threads would take longer."""
 
 
 @dataclass(frozen=True)
@@ -90,6 +97,8 @@ class Batcher:
         self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="cellserve-compute")
         self._task: asyncio.Task[None] | None = None
         self._rows_per_second = 0.0
+        self._quick: set[tuple[str, str]] = set()
+        """Models and tasks of which a few rows were quick the last time."""
         self._is_stopping = False
 
     def start(self) -> None:
@@ -182,16 +191,23 @@ class Batcher:
                 self._wake.clear()
                 await self._wake.wait()
                 continue
+            n_rows = sum(stop - start for _, start, stop in pieces)
+            is_few, kind = n_rows <= FEW_ROWS, pieces[0][0].work.lane[:2]
             started = time.monotonic()
             try:
-                columns = await loop.run_in_executor(self._executor, _compute, pieces)
+                if is_few and kind in self._quick:
+                    columns = _compute(pieces)
+                    await asyncio.sleep(0)  # others of this loop have their turn, however many such requests wait
+                else:
+                    columns = await loop.run_in_executor(self._executor, _compute, pieces)
             except Exception as error:
                 for ticket, _, _ in pieces:
                     # It will not run again: the request ends with this error, and its rows leave the queue with it.
                     _deliver(ticket, error)
                 continue
             seconds = time.monotonic() - started
-            n_rows = sum(stop - start for _, start, stop in pieces)
+            if is_few:
+                (self._quick.add if seconds < QUICK_SECONDS else self._quick.discard)(kind)
             self._rows_per_second = 0.8 * (self._rows_per_second or n_rows / seconds) + 0.2 * n_rows / seconds
             metrics.BATCH_ROWS.labels(pieces[0][0].work.task.name).observe(n_rows)
             position = 0
@@ -232,8 +248,18 @@ class Batcher:
 def _compute(pieces: list[tuple[Ticket, int, int]]) -> Columns:
     """Run one chunk; in the compute thread."""
     work = pieces[0][0].work
-    counts = [ticket.counts[start:stop] for ticket, start, stop in pieces]
+    counts = [_rows(ticket.counts, start, stop) for ticket, start, stop in pieces]
     return work.task.run(work.model, counts[0] if len(counts) == 1 else sp.vstack(counts, format="csr"), work.options)
+
+
+def _rows(counts: sp.csr_matrix, start: int, stop: int) -> sp.csr_matrix:
+    """Some rows, without a copy of what they hold."""
+    if (start, stop) == (0, counts.shape[0]):
+        return counts
+    first, last = counts.indptr[start], counts.indptr[stop]
+    return csr(
+        counts.data[first:last], counts.indices[first:last], counts.indptr[start : stop + 1] - first, counts.shape[1]
+    )
 
 
 def _deliver(ticket: Ticket, result: Columns | BaseException) -> None:

@@ -1,12 +1,13 @@
 """A loaded model: its sessions, its genes, and the arithmetic that tasks share."""
 
+import threading
 from dataclasses import dataclass
 
 import numpy as np
 import scipy.sparse as sp
 from numpy.typing import NDArray
 
-from service.cells.genes import GeneIndex
+from service.cells.genes import GeneIndex, densify
 from service.contract.artifact import Artifact
 from service.contract.manifest import Manifest
 from service.errors import GoldenMismatch
@@ -41,10 +42,8 @@ class Model:
             return np.zeros((0, self.manifest.n_latent), dtype=np.float32)
 
         def dense(rows: slice, n_rows: int) -> dict[str, NDArray[np.float32]]:
-            # Densified at the padded size, so that the session has nothing left to copy.
-            padded = np.zeros((n_rows, counts.shape[1]), dtype=np.float32)
-            counts[rows].toarray(out=padded[: rows.stop - rows.start])
-            return {"counts": padded}
+            # Densified at the padded size into this thread's buffer, so that there is nothing left to copy or to allocate.
+            return {"counts": densify(counts, rows, _buffers.take(n_rows, counts.shape[1]))}
 
         return self.sessions["encode"].run_rows(counts.shape[0], dense)["latent"]
 
@@ -78,6 +77,22 @@ class Model:
         """Class probabilities by label level, each float32 of shape (n_cells, n_classes)."""
         outputs = self.sessions["classify"].run({"latent": latent})
         return {level.name: outputs[f"probabilities_{level.name}"] for level in self.manifest.labels}
+
+
+class _Buffers(threading.local):
+    """One matrix per thread that runs graphs."""
+
+    def __init__(self) -> None:
+        self._held = np.empty((0, 0), dtype=np.float32)
+
+    def take(self, n_rows: int, n_genes: int) -> NDArray[np.float32]:
+        """A matrix of that shape with anything in it; it belongs to this thread until the next call."""
+        if self._held.shape != (n_rows, n_genes):
+            self._held = np.empty((n_rows, n_genes), dtype=np.float32)
+        return self._held
+
+
+_buffers = _Buffers()
 
 
 def load(artifact: Artifact, runtime: Runtime) -> Model:

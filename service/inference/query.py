@@ -5,7 +5,7 @@ from typing import Any
 
 import scipy.sparse as sp
 
-from service.cells.counts import Cells, CountsReport, check_raw
+from service.cells.counts import MAX_EXACT, Cells, CountsReport, check_raw
 from service.cells.genes import AlignmentReport, align
 from service.inference.model import Model
 from service.inference.task import Task
@@ -42,5 +42,6 @@ def prepare(model: Model, cells: Cells) -> Query:
     """
     positions, genes_report = model.genes.locate(cells.genes)
     counts_report = check_raw(cells)
-    counts = align(cells.counts, positions, model.manifest.genes.n_genes)
+    is_exact = counts_report.largest_library < MAX_EXACT
+    counts = align(cells.counts, positions, model.manifest.genes.n_genes, is_exact)
     return Query(counts=counts, cell_ids=cells.cell_ids, genes_report=genes_report, counts_report=counts_report)

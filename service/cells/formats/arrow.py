@@ -12,7 +12,7 @@ import pyarrow as pa
 import scipy.sparse as sp
 
 from service.cells.columns import Columns, Labels, Vectors
-from service.cells.counts import Cells
+from service.cells.counts import Cells, csr
 from service.cells.formats.arrow_limits import check_decoded_size
 from service.cells.formats.format import Format, check_names
 from service.contract import strict_json
@@ -102,17 +102,16 @@ def _counts(batches: list[pa.RecordBatch], n_genes: int) -> sp.csr_matrix:
         if inner["gene"].null_count or inner["count"].null_count:
             raise InvalidCells(problem=f"A gene or count in rows {n_before}-{n_before + batch.num_rows - 1} is null.")
         index = _numpy(inner["gene"])
-        outside = (index < 0) | (index >= n_genes)
-        if outside.any():
-            first = int(np.argmax(outside))
+        if len(index) and (index.min() < 0 or index.max() >= n_genes):
+            first = int(np.argmax((index < 0) | (index >= n_genes)))
             cell = n_before + int(np.searchsorted(offsets["gene"] - offsets["gene"][0], first, side="right")) - 1
             raise InvalidCells(problem=f"Cell {cell} has gene index {index[first]}, but 'genes' has {n_genes:,} names.")
         indices.append(index)
         values.append(_numpy(inner["count"]))
         lengths.append(sizes)
         n_before += batch.num_rows
-    indptr = np.concatenate(([0], np.cumsum(np.concatenate(lengths))))
-    return sp.csr_matrix((_joined(values), _joined(indices), indptr), shape=(n_before, n_genes))
+    indptr = np.concatenate(([0], np.cumsum(_joined(lengths))))
+    return csr(_joined(values), _joined(indices), indptr, n_genes)
 
 
 # pyarrow's own conversions import pandas at the first call (a second and 50 MB, within somebody's request); these do not.
