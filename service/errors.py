@@ -289,6 +289,31 @@ class QueueFull(CellserveError):
 
 
 @dataclass(eq=False)
+class DeadlineTooShort(CellserveError):
+    """At the speed of the moment the answer would come after the client's deadline; nothing was begun."""
+
+    code = "deadline_too_short"
+    title = "Cannot be done in time"
+    sentence = (
+        "The answer would take about {expected_seconds:.3g} s, but only {left_seconds:.3g} s are left until the deadline of X-Request-Timeout. "
+        "Try again in {retry_after_seconds} s, or give it more time."
+    )
+    expected_seconds: float
+    left_seconds: float
+    retry_after_seconds: int
+
+
+@dataclass(eq=False)
+class DeadlinePassed(CellserveError):
+    """The client's deadline passed while its cells waited; they were not run."""
+
+    code = "deadline_passed"
+    title = "The deadline has passed"
+    sentence = "The deadline of X-Request-Timeout passed after {waited_seconds:.3g} s in the queue; nothing was run."
+    waited_seconds: float
+
+
+@dataclass(eq=False)
 class TooManyBytes(CellserveError):
     """The bodies that are held leave no room for this one."""
 

@@ -15,6 +15,7 @@ from prometheus_client import (
 
 SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60)
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+LANES = ("short", "long")
 STAGES = ("parse", "align", "queue", "compute", "serialise")
 
 REQUESTS = Counter("cellserve_requests_total", "Requests, by route template and status.", ("route", "method", "status"))
@@ -31,7 +32,10 @@ CELLS = Counter("cellserve_cells_total", "Cells answered.", ("model", "version",
 BATCH_ROWS = Histogram("cellserve_batch_rows", "Cells that ran together.", ("task",), buckets=ROWS)
 QUEUE_ROWS = Gauge("cellserve_queue_rows", "Cells waiting to run.")
 QUEUE_WAIT_SECONDS = Histogram(
-    "cellserve_queue_wait_seconds", "From admission to the start of the first cell of a request.", buckets=SECONDS
+    "cellserve_queue_wait_seconds",
+    "From admission to the start of the first cell of a request, short (up to 64 cells) or long.",
+    ("lane",),
+    buckets=SECONDS,
 )
 CANCELLED = Counter("cellserve_cancelled_total", "Requests that left before their answer was complete.")
 BODY_BYTES_IN_FLIGHT = Gauge("cellserve_body_bytes_in_flight", "Bytes of bodies held.")
@@ -49,11 +53,13 @@ CONTENT_TYPE = CONTENT_TYPE_LATEST
 
 
 def initialise(tasks: tuple[str, ...], codes: tuple[str, ...]) -> None:
-    """Create the series of all tasks and error codes, so that a zero is exported and a rate can be taken from the first event on."""
+    """Create the series of all tasks, lanes and error codes, so that a zero is exported and a rate can be taken from the first event on."""
     for task in tasks:
         BATCH_ROWS.labels(task)
         for stage in STAGES:
             STAGE_SECONDS.labels(task, stage)
+    for lane in LANES:
+        QUEUE_WAIT_SECONDS.labels(lane)
     for code in codes:
         REFUSED.labels(code)
 

@@ -33,6 +33,7 @@ STATUS: dict[type[errors.CellserveError], int] = {
     errors.TooFewGenes: 422,
     errors.NotRawCounts: 422,
     errors.QueueFull: 429,
+    errors.DeadlineTooShort: 429,
     errors.TooManyBytes: 429,
     errors.CellserveError: 500,
     errors.InvalidArtifact: 500,
@@ -44,6 +45,7 @@ STATUS: dict[type[errors.CellserveError], int] = {
     errors.NotReady: 503,
     errors.ShuttingDown: 503,
     errors.RequestTimeout: 504,
+    errors.DeadlinePassed: 504,
 }
 CODES = tuple(sorted(error.code for error in STATUS))
 
@@ -63,7 +65,7 @@ def problem(error: errors.CellserveError) -> Response:
         **{name: value for name, value in error.members().items() if value != error.detail},
     }
     headers = {}
-    if isinstance(error, errors.QueueFull | errors.TooManyBytes):
+    if isinstance(error, errors.QueueFull | errors.TooManyBytes | errors.DeadlineTooShort):
         headers["Retry-After"] = str(error.retry_after_seconds)
     if isinstance(error, errors.MethodNotAllowed):
         headers["Allow"] = error.allowed

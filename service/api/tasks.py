@@ -1,6 +1,8 @@
 """POST /v1/<task>: the same steps for every task of TASKS. Bytes → cells → batcher → columns → bytes."""
 
 import asyncio
+import math
+import re
 import time
 from collections.abc import AsyncIterator
 
@@ -23,6 +25,7 @@ from service.inference.query import Query, prepare
 from service.inference.task import Task
 
 MODEL_OPTION = "model"
+TIMEOUT_HEADER = "X-Request-Timeout"
 PARSED_AT_ONCE = 64 * 2**10
 """Bytes of a body that is parsed in the event loop: a few cells, which take less time than a change of threads."""
 
@@ -34,6 +37,7 @@ def endpoint(task: Task) -> Endpoint:
         app = state(request)
         if app.is_draining:
             raise ShuttingDown
+        deadline = read_deadline(request)
         # Everything that can be refused without the body is, before it is read.
         body_type = body_format(request.headers.get("content-type"))
         answer_type = answer_format(request.headers.get("accept"), body_type)
@@ -45,7 +49,7 @@ def endpoint(task: Task) -> Endpoint:
             else:
                 loop = asyncio.get_running_loop()
                 query, seconds = await loop.run_in_executor(app.parsers, _read, app, model, body_type, body)
-            return await _answer(app, work, query, seconds, answer_type)
+            return await _answer(app, work, query, seconds, answer_type, deadline)
 
     return answer
 
@@ -81,6 +85,20 @@ def query_options(request: Request) -> dict[str, str]:
     return {name: value for name, value in items if name != MODEL_OPTION}
 
 
+def read_deadline(request: Request) -> float:
+    """When the answer is of no more use to the client, on the clock of `time.monotonic`; infinity where it does not say.
+
+    Raises:
+        InvalidOption: X-Request-Timeout is not a number of seconds.
+    """
+    text = request.headers.get(TIMEOUT_HEADER)
+    if text is None:
+        return math.inf
+    if not re.fullmatch(r"\d{1,6}(\.\d{1,6})?", text):
+        raise InvalidOption(name=TIMEOUT_HEADER, problem=f"it must be a number of seconds, not '{text[:40]}'.")
+    return time.monotonic() + float(text)
+
+
 def _read(app: State, model: Model, body_type: Format, body: bytes) -> tuple[Query, dict[str, float]]:
     """A request's cells, ready for the model, and the seconds that each stage took. Runs in a parser thread."""
     started = time.perf_counter()
@@ -92,11 +110,13 @@ def _read(app: State, model: Model, body_type: Format, body: bytes) -> tuple[Que
     return query, {"parse": parsed - started, "align": time.perf_counter() - parsed}
 
 
-async def _answer(app: State, work: Work, query: Query, seconds: dict[str, float], answer_type: Format) -> Response:
+async def _answer(
+    app: State, work: Work, query: Query, seconds: dict[str, float], answer_type: Format, deadline: float
+) -> Response:
     """Compute the first chunk, so that what can go wrong has gone wrong before the status is sent; stream the rest."""
     timing = Timing()
-    chunks = app.batcher.run(work, query.counts, timing)
-    first = await _next(chunks, app.timeout_seconds)
+    chunks = app.batcher.run(work, query.counts, timing, deadline)
+    first = await _next(chunks, min(app.timeout_seconds, max(0.0, deadline - time.monotonic())))
     is_whole = n_cells(first) == query.counts.shape[0]
     until_now = {**seconds, "queue": timing.queue_seconds, "compute": timing.compute_seconds}
     headers = {

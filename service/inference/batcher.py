@@ -1,14 +1,14 @@
 """Runs together what arrives together: requests of one model, task and options share chunks of a bounded number of rows.
 
 Greedy: as soon as the runtime is free, what waits is taken, so an idle server adds no wait. Requests take turns: one that does not fit
-into a chunk goes to the back of its lane with what is left of it, and lanes take turns as well.
+into a chunk goes to the back of its queue with what is left of it; lanes.py says who is next.
 """
 
 import asyncio
 import contextlib
 import math
 import time
-from collections import OrderedDict, deque
+from collections import deque
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -18,7 +18,8 @@ import scipy.sparse as sp
 from service import metrics
 from service.cells.columns import Columns, concatenate, n_cells, take
 from service.cells.counts import csr
-from service.errors import QueueFull, ShuttingDown
+from service.errors import DeadlinePassed, DeadlineTooShort, QueueFull, ShuttingDown
+from service.inference.lanes import SHORT_ROWS, Lanes
 from service.inference.model import Model
 from service.inference.session import SHAPES
 from service.inference.task import Options, Task
@@ -41,8 +42,8 @@ class Work:
     options: Options
 
     @property
-    def lane(self) -> tuple[str, str, Options]:
-        """Key of the lane."""
+    def key(self) -> tuple[str, str, Options]:
+        """Equal for what may run together."""
         return self.model.id, self.task.name, self.options
 
 
@@ -53,11 +54,14 @@ class Ticket:
     work: Work
     counts: sp.csr_matrix
     admitted: float
+    deadline: float = math.inf
+    """On the clock of `time.monotonic`; what has not begun by then is dropped."""
+
     n_taken: int = 0
     """Rows that have been given to the runtime."""
 
-    is_in_lane: bool = False
-    """False while it is paused because its client does not read."""
+    is_waiting: bool = False
+    """False while all of it has been taken, and while it is paused because its client does not read."""
 
     results: deque[Columns | BaseException] = field(default_factory=deque)
     has_result: asyncio.Event = field(default_factory=asyncio.Event)
@@ -68,6 +72,11 @@ class Ticket:
     def n_left(self) -> int:
         """Rows that still have to run."""
         return int(self.counts.shape[0]) - self.n_taken
+
+    @property
+    def is_short(self) -> bool:
+        """Whether it goes before long requests."""
+        return int(self.counts.shape[0]) <= SHORT_ROWS
 
 
 @dataclass
@@ -90,7 +99,7 @@ class Batcher:
         """
         self._batch_rows = batch_rows
         self._max_queue_rows = max_queue_rows
-        self._lanes: OrderedDict[tuple[str, str, Options], deque[Ticket]] = OrderedDict()
+        self._lanes: Lanes[Ticket] = Lanes()
         self._tickets: set[Ticket] = set()
         self._n_queued = 0
         self._wake = asyncio.Event()
@@ -117,16 +126,21 @@ class Batcher:
                 await self._task
         self._executor.shutdown(wait=True)
 
-    async def run(self, work: Work, counts: sp.csr_matrix, timing: Timing | None = None) -> AsyncIterator[Columns]:
+    async def run(
+        self, work: Work, counts: sp.csr_matrix, timing: Timing | None = None, deadline: float = math.inf
+    ) -> AsyncIterator[Columns]:
         """Queue cells and give their answer chunk by chunk, in order. Leaving the iteration takes the rest out of the queue.
 
         Args:
             work: model, task and options.
             counts: aligned to the model's genes, at least one row.
             timing: filled with where the time went.
+            deadline: on the clock of `time.monotonic`; work that cannot be done by then is not begun.
 
         Raises:
             QueueFull: more rows would wait than are allowed. Nothing was queued.
+            DeadlineTooShort: at the speed that was measured the answer would come too late. Nothing was queued.
+            DeadlinePassed: it waited until its deadline, and was dropped before it ran.
             ShuttingDown: the batcher stops.
         """
         n_rows = int(counts.shape[0])
@@ -139,7 +153,14 @@ class Batcher:
                 limit_rows=self._max_queue_rows,
                 retry_after_seconds=self.retry_after_seconds(),
             )
-        ticket = Ticket(work=work, counts=counts, admitted=time.monotonic())
+        now = time.monotonic()
+        if (expected := self._expected_seconds(n_rows)) > deadline - now:
+            raise DeadlineTooShort(
+                expected_seconds=expected,
+                left_seconds=max(0.0, deadline - now),
+                retry_after_seconds=self.retry_after_seconds(),
+            )
+        ticket = Ticket(work=work, counts=counts, admitted=now, deadline=deadline)
         self._change_queue(n_rows)
         self._tickets.add(ticket)
         self._enqueue(ticket)
@@ -150,7 +171,7 @@ class Batcher:
                     ticket.has_result.clear()
                     await ticket.has_result.wait()
                 result = ticket.results.popleft()
-                if ticket.n_left and not ticket.is_in_lane:
+                if ticket.n_left and not ticket.is_waiting:
                     self._enqueue(ticket)
                 if isinstance(result, BaseException):
                     raise result
@@ -174,9 +195,15 @@ class Batcher:
         """Seconds after which what waits now should have run, at the speed that was measured; at least 1, at most 60."""
         return min(60, max(1, math.ceil(self._n_queued / self._rows_per_second))) if self._rows_per_second else 1
 
+    def _expected_seconds(self, n_rows: int) -> float:
+        """Until `n_rows` more would be done. A short request waits for others of its kind only, so it counts for itself."""
+        if not self._rows_per_second:
+            return 0.0
+        return (n_rows if n_rows <= SHORT_ROWS else self._n_queued + n_rows) / self._rows_per_second
+
     def _enqueue(self, ticket: Ticket) -> None:
-        ticket.is_in_lane = True
-        self._lanes.setdefault(ticket.work.lane, deque()).append(ticket)
+        ticket.is_waiting = True
+        self._lanes.add(ticket.work.key, ticket)
         self._wake.set()
 
     def _change_queue(self, n_rows: int) -> None:
@@ -192,7 +219,7 @@ class Batcher:
                 await self._wake.wait()
                 continue
             n_rows = sum(stop - start for _, start, stop in pieces)
-            is_few, kind = n_rows <= FEW_ROWS, pieces[0][0].work.lane[:2]
+            is_few, kind = n_rows <= FEW_ROWS, pieces[0][0].work.key[:2]
             started = time.monotonic()
             try:
                 if is_few and kind in self._quick:
@@ -217,31 +244,26 @@ class Batcher:
                 position += stop - start
 
     def _next_pieces(self) -> list[tuple[Ticket, int, int]]:
-        """The next chunk: (ticket, first row, last row + 1), all of one lane. Empty when nothing waits."""
+        """The next chunk: (ticket, first row, last row + 1), all of one work. Empty when nothing waits."""
         pieces: list[tuple[Ticket, int, int]] = []
-        while self._lanes and not pieces:
-            key, lane = self._lanes.popitem(last=False)
-            n_free = self._batch_rows
-            unfinished = []
-            while lane and n_free:
-                ticket = lane.popleft()
-                n_rows = min(n_free, ticket.n_left)
-                if not n_rows:  # its client left
-                    continue
+        now = time.monotonic()
+        while not pieces and (taken := self._lanes.take(self._batch_rows)):
+            for ticket, n_rows in taken:
+                ticket.is_waiting = False
                 if not ticket.n_taken:
-                    ticket.wait_seconds = time.monotonic() - ticket.admitted
-                    metrics.QUEUE_WAIT_SECONDS.observe(ticket.wait_seconds)
+                    if now > ticket.deadline:
+                        _deliver(ticket, DeadlinePassed(waited_seconds=now - ticket.admitted))
+                        continue
+                    ticket.wait_seconds = now - ticket.admitted
+                    metrics.QUEUE_WAIT_SECONDS.labels("short" if ticket.is_short else "long").observe(
+                        ticket.wait_seconds
+                    )
                 pieces.append((ticket, ticket.n_taken, ticket.n_taken + n_rows))
                 ticket.n_taken += n_rows
                 self._change_queue(-n_rows)
-                n_free -= n_rows
-                # A ticket whose client does not read waits outside of the lane; `run` brings it back.
-                ticket.is_in_lane = ticket.n_left > 0 and len(ticket.results) + 1 < MAX_WAITING_CHUNKS
-                if ticket.is_in_lane:
-                    unfinished.append(ticket)
-            lane.extend(unfinished)
-            if lane:
-                self._lanes[key] = lane
+                # A ticket whose client does not read waits outside; `run` brings it back.
+                if ticket.n_left and len(ticket.results) + 1 < MAX_WAITING_CHUNKS:
+                    self._enqueue(ticket)
         return pieces
 
 

@@ -137,6 +137,7 @@ async def test_the_exposition_parses(client: httpx.AsyncClient) -> None:
         "version",
         "family",
         "provider",
+        "lane",
         "le",
     }
     for family in families:

@@ -251,6 +251,20 @@ class TestLimits:
             assert client.state.batcher._n_queued == 0
             gate.set()
 
+    async def test_a_deadline(self, client: httpx.AsyncClient) -> None:
+        """X-Request-Timeout bounds the wait; one that is no number of seconds is refused."""
+        for given in ("5", "0.5", "30.25"):
+            headers = {**JSON, "X-Request-Timeout": given}
+            assert (await client.post("/v1/embed", content=BODY, headers=headers)).status_code == 200
+        for wrong in ("soon", "-1", "1e3", "inf", "", "nan"):
+            answer = await client.post("/v1/embed", content=BODY, headers={**JSON, "X-Request-Timeout": wrong})
+            assert code_of(answer) == (400, "invalid_option")
+            assert "X-Request-Timeout" in answer.json()["detail"]
+        client.state.batcher._rows_per_second = 0.1
+        answer = await client.post("/v1/embed", content=BODY, headers={**JSON, "X-Request-Timeout": "1"})
+        assert code_of(answer) == (429, "deadline_too_short")
+        assert int(answer.headers["retry-after"]) >= 1
+
 
 async def test_an_unexpected_error(
     client: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture

@@ -2,6 +2,7 @@
 
 import asyncio
 import threading
+import time
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field, replace
 
@@ -12,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from service.cells.columns import Columns, Values
-from service.errors import QueueFull, ShuttingDown
+from service.errors import DeadlinePassed, DeadlineTooShort, QueueFull, ShuttingDown
 from service.inference import batcher as module
 from service.inference.batcher import Batcher, Timing, Work, run_whole
 from service.inference.model import Model
@@ -258,3 +259,57 @@ def test_every_request_gets_its_own_cells_in_order(tiny: Model, sizes: list[int]
 
     answers = asyncio.run(ask())
     assert [value for answer in answers for value in answer] == list(range(sum(sizes)))
+
+
+async def test_a_deadline_that_cannot_be_met_is_refused_early(started, recording: RecordingTask, tiny: Model) -> None:
+    """Once the speed is known, a request that would take longer than its client waits is not queued."""
+    batcher = started()
+    work = Work(tiny, recording.task(), Options())
+    await answered(batcher, work, rows(1, 2, 3))
+    batcher._rows_per_second = 100.0
+
+    with pytest.raises(DeadlineTooShort) as refused:
+        await anext(batcher.run(work, rows(*range(300)), deadline=time.monotonic() + 1))
+    assert refused.value.expected_seconds == pytest.approx(3)
+    assert batcher._n_queued == 0
+    assert len(recording.chunks) == 1
+    assert await answered(batcher, work, rows(*range(300))) == list(range(300))
+
+
+async def test_what_has_expired_is_not_run(started, recording: RecordingTask, tiny: Model) -> None:
+    """A request whose deadline passes while it waits is answered with that, and its cells never run."""
+    batcher = started()
+    work = Work(tiny, recording.task(), Options())
+    recording.gate.clear()
+    first = asyncio.create_task(answered(batcher, work, rows(1)))
+    await asyncio.sleep(0.05)
+    late = asyncio.create_task(anext(batcher.run(work, rows(2), deadline=time.monotonic() + 0.05)))
+    await asyncio.sleep(0.1)
+    recording.gate.set()
+
+    assert await first == [1]
+    with pytest.raises(DeadlinePassed):
+        await late
+    assert recording.chunks == [[1]]
+    assert batcher._n_queued == 0
+
+
+async def test_many_small_requests_leave_the_loop_its_turns(started, recording: RecordingTask, tiny: Model) -> None:
+    """Few rows run in the event loop once they are known to be quick, and others of the loop are not kept waiting."""
+    batcher = started()
+    work = Work(tiny, recording.task(), Options())
+    await answered(batcher, work, rows(1))
+    assert batcher._quick == {(tiny.id, "record")}
+    turns = 0
+
+    async def count() -> None:
+        nonlocal turns
+        while True:
+            turns += 1
+            await asyncio.sleep(0)
+
+    counting = asyncio.create_task(count())
+    different = [replace(work, options=NumberedOptions(number=number)) for number in range(50)]
+    await asyncio.gather(*(answered(batcher, one, rows(1)) for one in different))
+    counting.cancel()
+    assert turns >= 50
