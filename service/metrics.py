@@ -4,6 +4,10 @@ Values live in the memory of the one worker: app.py takes away the PROMETHEUS_MU
 prometheus_client would write every change of every value to a file.
 """
 
+from collections.abc import Iterable
+
+import numpy as np
+from numpy.typing import NDArray
 from prometheus_client import (
     CONTENT_TYPE_LATEST,
     REGISTRY,
@@ -12,11 +16,47 @@ from prometheus_client import (
     Histogram,
     generate_latest,
 )
+from prometheus_client.metrics import MetricWrapperBase
+from prometheus_client.metrics_core import HistogramMetricFamily, Metric
+from prometheus_client.utils import floatToGoString
 
 SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60)
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+SHARES = (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99, 1)
+LIBRARY_SIZES = (0, 100, 200, 500, 1_000, 2_000, 5_000, 10_000, 20_000, 50_000, 100_000)
 LANES = ("short", "long")
 STAGES = ("parse", "align", "queue", "compute", "serialise")
+
+
+class CellHistogram:
+    """A histogram of cells, of which thousands come at a time: prometheus_client's own takes one value per call."""
+
+    def __init__(self, name: str, documentation: str, labels: tuple[str, ...], buckets: tuple[float, ...]) -> None:
+        """Register an empty histogram; `buckets` are upper bounds in ascending order, without infinity."""
+        self.name, self.documentation, self.labels, self.buckets = name, documentation, labels, buckets
+        self._numbers: dict[tuple[str, ...], NDArray[np.int64]] = {}
+        self._sums: dict[tuple[str, ...], float] = {}
+        REGISTRY.register(self)
+
+    def observe(self, labels: tuple[str, ...], values: NDArray[np.float32]) -> None:
+        """Count cells, shape (n_cells,). Belongs to one event loop, as everything that calls it."""
+        number = np.bincount(np.searchsorted(self.buckets, values, side="left"), minlength=len(self.buckets) + 1)
+        self._numbers[labels] = self._numbers.get(labels, 0) + number
+        self._sums[labels] = self._sums.get(labels, 0.0) + float(values.sum(dtype=np.float64))
+
+    def describe(self) -> Iterable[Metric]:
+        """The family without its values."""
+        return [HistogramMetricFamily(self.name, self.documentation, labels=self.labels)]
+
+    def collect(self) -> Iterable[Metric]:
+        """The family with its values so far."""
+        family = HistogramMetricFamily(self.name, self.documentation, labels=self.labels)
+        bounds = [*map(floatToGoString, self.buckets), "+Inf"]
+        for labels, number in self._numbers.items():
+            counts = [float(count) for count in np.cumsum(number)]
+            family.add_metric(labels, list(zip(bounds, counts, strict=True)), self._sums[labels])
+        return [family]
+
 
 REQUESTS = Counter("cellserve_requests_total", "Requests, by route template and status.", ("route", "method", "status"))
 REQUEST_SECONDS = Histogram(
@@ -37,6 +77,28 @@ QUEUE_WAIT_SECONDS = Histogram(
     ("lane",),
     buckets=SECONDS,
 )
+MISSING_GENES = Histogram(
+    "cellserve_missing_genes_ratio",
+    "Share of the model's genes that a request lacks.",
+    ("model", "version"),
+    buckets=SHARES,
+)
+MISSING_WEIGHT = Histogram(
+    "cellserve_missing_weight_ratio",
+    "Share of the encoder's first layer that the genes which a request lacks hold.",
+    ("model", "version"),
+    buckets=SHARES,
+)
+LIBRARY_SIZE = CellHistogram(
+    "cellserve_library_size", "Counts per cell in the genes of the model.", ("model", "version"), LIBRARY_SIZES
+)
+CONFIDENCE = CellHistogram(
+    "cellserve_confidence_ratio",
+    "Probability of the label that a cell was given.",
+    ("model", "version", "column"),
+    SHARES,
+)
+LABELS = Counter("cellserve_labels_total", "Cells that were given a label.", ("model", "version", "column", "label"))
 CANCELLED = Counter("cellserve_cancelled_total", "Requests that left before their answer was complete.")
 BODY_BYTES_IN_FLIGHT = Gauge("cellserve_body_bytes_in_flight", "Bytes of bodies held.")
 MODEL_INFO = Gauge(
@@ -50,6 +112,18 @@ MODEL_FAILED = Gauge(
     ("model", "version"),
 )
 CONTENT_TYPE = CONTENT_TYPE_LATEST
+
+
+COLLECTORS: tuple[MetricWrapperBase | CellHistogram, ...] = tuple(
+    value for value in vars().values() if isinstance(value, MetricWrapperBase | CellHistogram)
+)
+
+
+def label_names(collector: MetricWrapperBase | CellHistogram) -> tuple[str, ...]:
+    """The names of a metric's labels."""
+    if isinstance(collector, CellHistogram):
+        return collector.labels
+    return tuple(collector._labelnames)  # the client has no public way to ask
 
 
 def initialise(tasks: tuple[str, ...], codes: tuple[str, ...]) -> None:

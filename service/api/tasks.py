@@ -13,6 +13,7 @@ from service import metrics
 from service.api import request_id
 from service.api.access import Endpoint
 from service.api.disconnect import cancelled_on_disconnect
+from service.api.drift import observe_answers, observe_query
 from service.api.negotiation import answer_format, body_format
 from service.api.state import State, state
 from service.cells.columns import Columns, n_cells
@@ -147,6 +148,7 @@ async def _pieces(
     while True:
         started = time.perf_counter()
         stop = position + n_cells(columns)
+        observe_answers(work.model, columns)
         piece = writer.write(columns, query.cell_ids[position:stop] if query.cell_ids is not None else None)
         position = stop
         is_last = position == query.counts.shape[0]
@@ -155,6 +157,7 @@ async def _pieces(
         serialise_seconds += time.perf_counter() - started
         if is_last:
             _measure(work, position, seconds, timing, serialise_seconds)
+            observe_query(work.model, query)
         yield piece
         if is_last:
             return

@@ -3,7 +3,9 @@
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import scipy.sparse as sp
+from numpy.typing import NDArray
 
 from service.cells.counts import MAX_EXACT, Cells, CountsReport, check_raw
 from service.cells.genes import AlignmentReport, align
@@ -17,6 +19,9 @@ class Query:
 
     counts: sp.csr_matrix
     """Aligned to the model's genes, shape (n_cells, n_genes)."""
+
+    library_size: NDArray[np.float32]
+    """Counts per cell in the genes of the model, shape (n_cells,)."""
 
     cell_ids: tuple[str, ...] | None
     genes_report: AlignmentReport
@@ -44,4 +49,10 @@ def prepare(model: Model, cells: Cells) -> Query:
     counts_report = check_raw(cells)
     is_exact = counts_report.largest_library < MAX_EXACT
     counts = align(cells.counts, positions, model.manifest.genes.n_genes, is_exact)
-    return Query(counts=counts, cell_ids=cells.cell_ids, genes_report=genes_report, counts_report=counts_report)
+    return Query(
+        counts=counts,
+        library_size=np.asarray(counts.sum(axis=1, dtype=np.float32)).ravel(),
+        cell_ids=cells.cell_ids,
+        genes_report=genes_report,
+        counts_report=counts_report,
+    )

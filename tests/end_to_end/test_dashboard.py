@@ -35,6 +35,7 @@ def prometheus(server: Server, cells: ad.AnnData, tmp_path_factory: pytest.TempP
     folder = tmp_path_factory.mktemp("prometheus")
     config = yaml.safe_load((DEPLOY / "prometheus.yml").read_text())
     config["global"]["scrape_interval"] = "1s"
+    shutil.copy(DEPLOY / "alerts.yml", folder)
     config["scrape_configs"][0]["static_configs"][0]["targets"] = [server.url.removeprefix("http://")]
     (folder / "prometheus.yml").write_text(yaml.safe_dump(config))
     port = free_port()
@@ -79,6 +80,39 @@ def test_every_query_returns_data(prometheus: str, title: str, expression: str) 
     )
 
 
+def test_alert_rules_are_loaded(prometheus: str) -> None:
+    """Prometheus has read the rules and evaluates each without an error; on a healthy service none fires."""
+    time.sleep(1)
+    groups = httpx.get(prometheus + "/api/v1/rules").json()["data"]["groups"]
+    rules = [rule for group in groups for rule in group["rules"]]
+
+    assert len(rules) == (DEPLOY / "alerts.yml").read_text().count("- alert:")
+    assert {rule.get("lastError", "") for rule in rules} == {""}
+    assert {rule["state"] for rule in rules} == {"inactive"}
+
+
+def promtool_says(rules: str, tmp_path: Path) -> subprocess.CompletedProcess[str]:
+    """What promtool says of rules under tests/end_to_end/alerts_test.yml."""
+    promtool = shutil.which("promtool")
+    if promtool is None:
+        pytest.skip("promtool is not installed (it comes with Debian's prometheus)")
+    (tmp_path / "alerts.yml").write_text(rules)
+    shutil.copy(ROOT / "tests/end_to_end/alerts_test.yml", tmp_path)
+    return subprocess.run([promtool, "test", "rules", "alerts_test.yml"], cwd=tmp_path, capture_output=True, text=True)
+
+
+def test_alerts_fire_when_they_should(tmp_path: Path) -> None:
+    """Each rule fires on what it is for, and not before; and the test notices a rule that does not."""
+    rules = (DEPLOY / "alerts.yml").read_text()
+    done = promtool_says(rules, tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+    names = re.findall(r"- alert: (\w+)", rules)
+    assert set(names) == set(re.findall(r"alertname: (\w+)", (tmp_path / "alerts_test.yml").read_text()))
+    for name in names:
+        assert promtool_says(rules.replace(f"alert: {name}\n", "alert: Another\n"), tmp_path).returncode != 0, name
+
+
 def test_the_probe_would_notice(prometheus: str) -> None:
     """A query of a metric that does not exist returns nothing."""
     assert query(prometheus, "rate(cellserve_no_such_total[30s])") == []
@@ -87,7 +121,7 @@ def test_the_probe_would_notice(prometheus: str) -> None:
 def test_every_metric_is_on_the_dashboard() -> None:
     """Each metric of the service has a place on the dashboard."""
     shown = " ".join(expression for _, expression in QUERIES)
-    names = {collector._name for collector in vars(metrics).values() if hasattr(collector, "_labelnames")}
+    names = {family.name for collector in metrics.COLLECTORS for family in collector.describe()}
 
     assert {name for name in names if not re.search(rf"\b{name}(_total|_bucket|_sum|_count)?\b", shown)} == set()
 

@@ -138,6 +138,8 @@ async def test_the_exposition_parses(client: httpx.AsyncClient) -> None:
         "family",
         "provider",
         "lane",
+        "column",
+        "label",
         "le",
     }
     for family in families:

@@ -1,0 +1,28 @@
+"""What is being sent and what it is taken for, as metrics: a drift shows on the dashboard before a user complains."""
+
+import numpy as np
+
+from service import metrics
+from service.cells.columns import Columns, Labels, Values
+from service.inference.model import Model
+from service.inference.query import Query
+
+
+def observe_query(model: Model, query: Query) -> None:
+    """Genes that a request lacks, and the library sizes of its cells."""
+    names = model.manifest.name, model.manifest.version
+    metrics.MISSING_GENES.labels(*names).observe(1.0 - query.genes_report.gene_overlap)
+    metrics.MISSING_WEIGHT.labels(*names).observe(query.genes_report.missing_weight)
+    metrics.LIBRARY_SIZE.observe(names, query.library_size)
+
+
+def observe_answers(model: Model, columns: Columns) -> None:
+    """Labels that cells were given, and the confidence in them; other columns say nothing of that."""
+    names = model.manifest.name, model.manifest.version
+    for name, column in columns.items():
+        if isinstance(column, Labels):
+            numbers = np.bincount(column.codes, minlength=len(column.words))
+            for word, number in zip(column.words, numbers, strict=True):
+                metrics.LABELS.labels(*names, name, word).inc(int(number))
+        elif isinstance(column, Values) and name.startswith("conf_score"):
+            metrics.CONFIDENCE.observe((*names, name), column.values.astype(np.float32, copy=False))
