@@ -44,7 +44,7 @@ TEST_IMAGE = CELLSERVE_TEST_IMAGE=$(IMAGE) CELLSERVE_TEST_ENGINE="$(ENGINE) $(EN
 SAFE_OPTIONS = --read-only --tmpfs /tmp --cap-drop ALL --security-opt no-new-privileges
 
 .PHONY: help setup setup-serve serve train evaluate export reproduce test lint bench bento image image-gpu image-bentoml run-image test-image \
-  bench-image docs examples lock clean
+  bench-image bench-stages docs examples lock clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -105,6 +105,9 @@ run-image:  ## run IMAGE on PORT: read-only, no capabilities
 
 test-image: $(DEV)/.ready  ## start IMAGE and prove it: safe options, same bits, SIGTERM, a mounted model
 	$(TEST_IMAGE) $(DEV)/bin/python -m pytest tests/container -v
+
+bench-stages: $(DEV)/.ready  ## where a request's time goes, beside each stage's floor
+	$(DEV)/bin/python -m benchmarks.stages
 
 bench-image: $(DEV)/.ready image image-bentoml  ## size, layers and start of IMAGE beside BentoML's own image of the same bento
 	$(TEST_IMAGE) $(DEV)/bin/python -m benchmarks.image $(IMAGE) $(IMAGE)-bentoml

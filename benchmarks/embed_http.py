@@ -29,11 +29,11 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.machine import machine
+from service.client import bodies
 from service.contract import artifact
 from service.contract.store import Store
 from service.inference.model import Model, load
 from service.inference.session import choose_runtime
-from tests.builders import arrow_body
 from tests.end_to_end.server import running_server
 from training.data import registry
 
@@ -115,13 +115,10 @@ def main() -> int:
     http: dict[int, list[float]] = {size: [] for size in SIZES}
     raw: dict[int, list[float]] = {size: [] for size in SIZES}
     with running_server(ROOT / "models_store") as url, httpx.Client(base_url=url, timeout=60) as client:
-        bodies = {
-            size: [arrow_body(counts[start : start + size], genes) for start in range(0, min(N_CELLS, 16 * size), size)]
-            for size in SIZES
-        }
+        requests = {size: list(bodies(counts[: min(N_CELLS, 16 * size)], list(genes), size)) for size in SIZES}
         for _ in range(options.rounds):
             for size in SIZES:
-                http[size].append(over_http(client, bodies[size], size, options.seconds))
+                http[size].append(over_http(client, requests[size], size, options.seconds))
                 raw[size].append(raw_session(session, counts, size, options.seconds))
     scvi = scvi_side(options.scvi_python, counts, model.manifest.n_latent, options.seconds, options.rounds)
     result = {

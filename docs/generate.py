@@ -128,6 +128,24 @@ def benchmark() -> str:
     return f"{_table(header, rows)}\n{machine}; medians of {result['rounds']} rounds. Ratios carry over to other machines, rates do not.\n"
 
 
+def stages() -> str:
+    """benchmarks/stages.json, which `make bench-stages` writes."""
+    result = json.loads((ROOT / "benchmarks/stages.json").read_text())
+    titles = {
+        "bytes": "body, bytes",
+        "floor_read": "floor of reading: copying the body once",
+        "read": "read: Arrow to counts",
+        "check": "check: raw counts?",
+        "align": "align: to the model's genes",
+        "encode": "encode: densify and run the graph",
+        "floor_encode": "floor of encoding: its operations at the speed of a 2048³ product",
+        "serialise": "serialise: columns to Arrow",
+    }
+    sizes = result["stages"]
+    rows = [(title, *(f"{sizes[size][stage]:,}" for size in sizes)) for stage, title in titles.items()]
+    return _table(("microseconds per request", *(f"{size} cells" for size in sizes)), rows)
+
+
 def image() -> str:
     """benchmarks/image.json, which `make bench-image` writes."""
     result = json.loads((ROOT / "benchmarks/image.json").read_text())
@@ -149,6 +167,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "evaluation": evaluation,
     "benchmark": benchmark,
     "image": image,
+    "stages": stages,
     "metrics": metric_families,
     "errors": errors,
     "tasks": tasks,

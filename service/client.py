@@ -106,27 +106,29 @@ class Client:
         counts, genes, source = find_counts(adata, layer, gene_key)
         parameters = {**options, **({"model": self.model} if self.model else {})}
         tables = []
-        for body in self._bodies(counts, genes):
+        for body in bodies(counts, genes, self.cells_per_request):
             response = self._http.post(f"/v1/{task}", params=parameters, content=body, headers={"Content-Type": ARROW})
             tables.append(read_answer(_checked(response).content))
         return fill(adata, tables, source)
 
-    def _bodies(self, counts: sp.csr_matrix, genes: list[str]) -> Iterator[bytes]:
-        metadata = {"genes": json.dumps(genes)}
-        gene_type = pa.uint16() if len(genes) <= 2**16 else pa.int32()
-        for start in range(0, counts.shape[0], self.cells_per_request):
-            piece = counts[start : start + self.cells_per_request]
-            offsets = pa.array(piece.indptr, pa.int32())
-            batch = pa.record_batch(
-                {
-                    "gene": pa.ListArray.from_arrays(offsets, pa.array(piece.indices).cast(gene_type)),
-                    "count": pa.ListArray.from_arrays(offsets, pa.array(_narrow(piece.data))),
-                }
-            ).replace_schema_metadata(metadata)
-            sink = io.BytesIO()
-            with pa.ipc.new_stream(sink, batch.schema) as writer:
-                writer.write_batch(batch)
-            yield sink.getvalue()
+
+def bodies(counts: sp.csr_matrix, genes: list[str], cells_per_request: int) -> Iterator[bytes]:
+    """Arrow streams of some cells each, with the narrowest integers that hold genes and counts."""
+    metadata = {"genes": json.dumps(genes)}
+    gene_type = pa.uint16() if len(genes) <= 2**16 else pa.int32()
+    for start in range(0, counts.shape[0], cells_per_request):
+        piece = counts[start : start + cells_per_request]
+        offsets = pa.array(piece.indptr, pa.int32())
+        batch = pa.record_batch(
+            {
+                "gene": pa.ListArray.from_arrays(offsets, pa.array(piece.indices).cast(gene_type)),
+                "count": pa.ListArray.from_arrays(offsets, pa.array(_narrow(piece.data))),
+            }
+        ).replace_schema_metadata(metadata)
+        sink = io.BytesIO()
+        with pa.ipc.new_stream(sink, batch.schema) as writer:
+            writer.write_batch(batch)
+        yield sink.getvalue()
 
 
 def find_counts(
