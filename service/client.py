@@ -7,9 +7,13 @@ with Client("http://localhost:3000") as client:
     adata = client.embed(adata)             # obsm: X_pbmc
 """
 
+import contextlib
+import http.client
 import io
 import json
-from collections.abc import Iterator
+import socket
+import threading
+from collections.abc import Iterable, Iterator
 from types import TracebackType
 from typing import Any, Self
 
@@ -27,7 +31,9 @@ class CellserveProblem(Exception):
     """The server refused; `code` is stable and says why, the message says what to do."""
 
     def __init__(self, status: int, document: dict[str, Any]) -> None:
-        super().__init__(f"{document.get('detail', document)} [{document.get('code', status)}]")
+        n_before = document.get("n_cells_before")
+        where = f" (counted from cell {n_before} of the stream)" if n_before else ""
+        super().__init__(f"{document.get('detail', document)}{where} [{document.get('code', status)}]")
         self.status = status
         self.code: str = document.get("code", "unknown")
         self.document = document
@@ -111,9 +117,108 @@ class Client:
             tables.append(read_answer(_checked(response).content))
         return fill(adata, tables, source)
 
+    def stream(
+        self, task: str, pieces: Iterable[sp.csr_matrix], genes: list[str], **options: Any
+    ) -> Iterator[pa.RecordBatch]:
+        """Send cells of any number through one connection and give their answers as they come; neither side holds them whole.
 
-def bodies(counts: sp.csr_matrix, genes: list[str], cells_per_request: int) -> Iterator[bytes]:
-    """Arrow streams of some cells each, with the narrowest integers that hold genes and counts."""
+        Args:
+            task: a task of the server.
+            pieces: raw counts of some cells each, over `genes`; taken one after the other, only as fast as answers are read.
+            genes: names of the columns.
+            options: of the task.
+
+        Yields:
+            Record batches with the answers of the cells in order, of any number of cells each; the head of the answer is JSON under
+            "cellserve" of the schema's metadata.
+
+        Raises:
+            CellserveProblem: the server refused, at once or in the middle.
+            ConnectionError: the answer broke off.
+        """
+        url = self._http.base_url
+        kind = http.client.HTTPSConnection if url.scheme == "https" else http.client.HTTPConnection
+        connection = kind(url.host, url.port, timeout=self._http.timeout.read)
+        query = httpx.QueryParams({**options, **({"model": self.model} if self.model else {})})
+        connection.putrequest("POST", f"{url.path}v1/{task}?{query}")
+        headers = {"Content-Type": ARROW, "Accept": ARROW, "Transfer-Encoding": "chunked", "X-Cellserve-Stream": "1"}
+        for name, value in headers.items():
+            connection.putheader(name, value)
+        connection.endheaders()
+        sender = _Sender(connection, pieces, genes, self.cells_per_request)
+        sender.start()
+        try:
+            response = connection.getresponse()
+            if response.status != 200:
+                raise CellserveProblem(response.status, json.loads(response.read()))
+            yield from _streamed_batches(response)
+        except (http.client.HTTPException, OSError, pa.ArrowException) as error:
+            raise sender.error or ConnectionError(f"the answer broke off: {error!r}") from error
+        finally:
+            sender.stop()
+        if sender.error is not None:
+            raise sender.error
+
+
+class _Sender(threading.Thread):
+    """Writes the body while the answer is read."""
+
+    def __init__(
+        self,
+        connection: http.client.HTTPConnection,
+        pieces: Iterable[sp.csr_matrix],
+        genes: list[str],
+        cells_per_request: int,
+    ) -> None:
+        super().__init__(name="cellserve-send", daemon=True)
+        self._connection, self._pieces, self._genes, self._size = connection, pieces, genes, cells_per_request
+        self.error: Exception | None = None
+
+    def run(self) -> None:
+        """Send all pieces as one stream."""
+        try:
+            header: bytes | None = None
+            for piece in self._pieces:
+                for body in bodies(piece, self._genes, self._size, is_wide=True):
+                    # Each body is a whole stream; of the first the schema is kept, of each its cells.
+                    begin = 8 + int.from_bytes(body[4:8], "little")
+                    self._send(body[:-8] if header is None else body[begin:-8])
+                    header = body[:begin]
+            if header is not None:
+                self._send(b"\xff\xff\xff\xff\x00\x00\x00\x00")
+            self._connection.send(b"0\r\n\r\n")
+        except OSError:
+            return  # the server stopped reading: its answer says why
+        except Exception as error:  # of the caller's iterator; raised where the answers are read
+            self.error = error
+            self.stop()
+
+    def stop(self) -> None:
+        """Break off what is still being sent."""
+        if self._connection.sock is not None:
+            with contextlib.suppress(OSError):
+                self._connection.sock.shutdown(socket.SHUT_RDWR)
+        self._connection.close()
+
+    def _send(self, content: bytes) -> None:
+        self._connection.send(b"%x\r\n" % len(content) + content + b"\r\n")
+
+
+def _streamed_batches(response: http.client.HTTPResponse) -> Iterator[pa.RecordBatch]:
+    with pa.ipc.open_stream(response) as reader:
+        while True:
+            try:
+                batch, metadata = reader.read_next_batch_with_custom_metadata()
+            except StopIteration:
+                return
+            if metadata is not None and b"cellserve-problem" in metadata:
+                document = json.loads(metadata[b"cellserve-problem"])
+                raise CellserveProblem(document["status"], document)
+            yield batch
+
+
+def bodies(counts: sp.csr_matrix, genes: list[str], cells_per_request: int, is_wide: bool = False) -> Iterator[bytes]:
+    """Arrow streams of some cells each, with the narrowest integers that hold them; if wide, counts in float32, so that all have one schema."""
     metadata = {"genes": json.dumps(genes)}
     gene_type = pa.uint16() if len(genes) <= 2**16 else pa.int32()
     for start in range(0, counts.shape[0], cells_per_request):
@@ -122,7 +227,9 @@ def bodies(counts: sp.csr_matrix, genes: list[str], cells_per_request: int) -> I
         batch = pa.record_batch(
             {
                 "gene": pa.ListArray.from_arrays(offsets, pa.array(piece.indices).cast(gene_type)),
-                "count": pa.ListArray.from_arrays(offsets, pa.array(_narrow(piece.data))),
+                "count": pa.ListArray.from_arrays(
+                    offsets, pa.array(piece.data.astype(np.float32) if is_wide else _narrow(piece.data))
+                ),
             }
         ).replace_schema_metadata(metadata)
         sink = io.BytesIO()

@@ -46,7 +46,7 @@ class Intake:
         held = int(declared) if declared is not None else 0
         if held > self.max_body_bytes:
             raise BodyTooLarge(limit_bytes=self.max_body_bytes)
-        self._hold(held)
+        self.hold(held)
         try:
             pieces = bytearray()
             try:
@@ -56,7 +56,7 @@ class Intake:
                         if len(pieces) > self.max_body_bytes:
                             raise BodyTooLarge(limit_bytes=self.max_body_bytes)
                         if len(pieces) > held:
-                            self._hold(len(pieces) - held)
+                            self.hold(len(pieces) - held)
                             held = len(pieces)
             except TimeoutError:
                 raise BodyTimeout(n_bytes=len(pieces), limit_seconds=self.timeout_seconds) from None
@@ -64,14 +64,20 @@ class Intake:
                 raise EmptyBody
             yield bytes(pieces)
         finally:
-            self._release(held)
+            self.release(held)
 
-    def _hold(self, n_bytes: int) -> None:
+    def hold(self, n_bytes: int) -> None:
+        """Take room for bytes.
+
+        Raises:
+            TooManyBytes: there is none.
+        """
         if self._n_bytes + n_bytes > self.max_bytes_in_flight:
             raise TooManyBytes(n_bytes=n_bytes, limit_bytes=self.max_bytes_in_flight, retry_after_seconds=1)
         self._n_bytes += n_bytes
         metrics.BODY_BYTES_IN_FLIGHT.inc(n_bytes)
 
-    def _release(self, n_bytes: int) -> None:
+    def release(self, n_bytes: int) -> None:
+        """Give room back."""
         self._n_bytes -= n_bytes
         metrics.BODY_BYTES_IN_FLIGHT.dec(n_bytes)

@@ -50,8 +50,8 @@ STATUS: dict[type[errors.CellserveError], int] = {
 CODES = tuple(sorted(error.code for error in STATUS))
 
 
-def problem(error: errors.CellserveError) -> Response:
-    """The answer for an error: its code, what was found, where, and what to do."""
+def problem(error: errors.CellserveError, **more: Any) -> Response:
+    """The answer for an error: its code, what was found, where, and what to do; `more` are further members."""
     status = STATUS[type(error)]
     metrics.REFUSED.labels(error.code).inc()
     document: dict[str, Any] = {
@@ -63,6 +63,7 @@ def problem(error: errors.CellserveError) -> Response:
         "request_id": request_id.current.get(),
         # A member that is the whole sentence would only say it twice.
         **{name: value for name, value in error.members().items() if value != error.detail},
+        **more,
     }
     headers = {}
     if isinstance(error, errors.QueueFull | errors.TooManyBytes | errors.DeadlineTooShort):

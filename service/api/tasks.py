@@ -10,15 +10,23 @@ from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 
 from service import metrics
-from service.api import request_id
+from service.api import request_id, streaming
 from service.api.access import Endpoint
 from service.api.disconnect import cancelled_on_disconnect
 from service.api.drift import observe_answers, observe_query
 from service.api.negotiation import answer_format, body_format
 from service.api.state import State, state
 from service.cells.columns import Columns, n_cells
+from service.cells.formats.arrow import FORMAT as ARROW
 from service.cells.formats.format import Format, Writer
-from service.errors import InvalidOption, RequestTimeout, ShuttingDown, TaskNotOffered, TooManyCells
+from service.errors import (
+    InvalidOption,
+    RequestTimeout,
+    ShuttingDown,
+    TaskNotOffered,
+    TooManyCells,
+    UnsupportedMediaType,
+)
 from service.inference import TASKS
 from service.inference.batcher import Timing, Work
 from service.inference.model import Model
@@ -44,6 +52,8 @@ def endpoint(task: Task) -> Endpoint:
         answer_type = answer_format(request.headers.get("accept"), body_type)
         model = find_model(app, request, task)
         work = Work(model=model, task=task, options=task.read_options(query_options(request), model))
+        if request.headers.get(streaming.HEADER) == "1":
+            return await _stream(app, request, work, body_type, answer_type)
         async with app.intake.body(request) as body, cancelled_on_disconnect(request):
             if len(body) <= PARSED_AT_ONCE:
                 query, seconds = _read(app, model, body_type, body)
@@ -109,6 +119,41 @@ def _read(app: State, model: Model, body_type: Format, body: bytes) -> tuple[Que
     parsed = time.perf_counter()
     query = prepare(model, cells)
     return query, {"parse": parsed - started, "align": time.perf_counter() - parsed}
+
+
+async def _stream(app: State, request: Request, work: Work, body_type: Format, answer_type: Format) -> Response:
+    """Answer cells while others still arrive; see streaming.py."""
+    for header, chosen in (("Content-Type", body_type), ("Accept", answer_type)):
+        if chosen is not ARROW:
+            raise UnsupportedMediaType(
+                header=header, found=chosen.media_type, accepted=f"{ARROW.media_type}, where {streaming.HEADER} is 1"
+            )
+    loop = asyncio.get_running_loop()
+    seconds_of: dict[int, dict[str, float]] = {}
+
+    async def read(piece: bytes) -> Query:
+        query, seconds = await loop.run_in_executor(app.parsers, _read, app, work.model, body_type, piece)
+        seconds_of[id(query)] = seconds
+        return query
+
+    async def run(query: Query) -> AsyncIterator[Columns]:
+        timing = Timing()
+        chunks = app.batcher.run(work, query.counts, timing)
+        for_cells = query.counts.shape[0]
+        while for_cells:
+            columns = await _next(chunks, app.timeout_seconds)
+            observe_answers(work.model, columns)
+            for_cells -= n_cells(columns)
+            yield columns
+        _measure(work, query.counts.shape[0], seconds_of.pop(id(query)), timing, 0.0)
+        observe_query(work.model, query)
+
+    def head(query: Query) -> dict[str, object]:
+        said = query.head(work.model, work.task, request_id.current.get())
+        # How many cells will come is not known; what their values looked like, of the first of them only.
+        return {**said, "counts": {**said["counts"], "n_cells": None, "n_empty": None}}
+
+    return await streaming.streamed(app, request, read, run, head, {"X-Cellserve-Model": work.model.id})
 
 
 async def _answer(

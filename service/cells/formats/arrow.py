@@ -22,6 +22,8 @@ GENE_TYPES = (pa.int32(), pa.int64(), pa.uint16(), pa.uint32())
 COUNT_TYPES = (pa.uint8(), pa.uint16(), pa.uint32(), pa.int32(), pa.int64(), pa.float32(), pa.float64())
 COLUMNS = ("gene", "count", "cell_id", "batch")
 GENES_KEY = b"genes"
+PROBLEM_KEY = b"cellserve-problem"
+"""Of the metadata of a last record batch, where a streamed answer breaks off."""
 
 
 def read(body: bytes, max_decoded_bytes: int) -> Cells:
@@ -192,6 +194,7 @@ class ArrowWriter:
             fields.append(pa.field(name, array.type, nullable=False, metadata=metadata))
         schema = pa.schema(fields, metadata={"cellserve": self._head})
         if self._writer is None:
+            self._schema = schema
             self._writer = pa.ipc.new_stream(self._sink, schema)
         self._writer.write_batch(pa.record_batch(arrays, schema=schema))
         return self._drained()
@@ -200,6 +203,14 @@ class ArrowWriter:
         """The end-of-stream marker; without it the stream is cut off."""
         assert self._writer is not None, "an answer has at least one cell"
         self._writer.close()
+        return self._drained()
+
+    def fail(self, problem: bytes) -> bytes:
+        """A record batch without rows that carries a problem document; no end-of-stream marker follows it."""
+        assert self._writer is not None, "before the first cell a problem is an answer of its own"
+        empty = [pa.array([], field.type) for field in self._schema]
+        batch = pa.record_batch(empty, schema=self._schema)
+        self._writer.write_batch(batch, custom_metadata={PROBLEM_KEY: problem})
         return self._drained()
 
     def _drained(self) -> bytes:

@@ -5,10 +5,14 @@ Arrow's metadata are flatbuffers; only the buffer list of a record batch is walk
 """
 
 import struct
+from dataclasses import dataclass
 
 from service.errors import BodyTooLarge
 
 _DICTIONARY_BATCH, _RECORD_BATCH = 2, 3  # MessageHeader of Message.fbs
+MAX_METADATA_BYTES = 64 * 2**20
+"""Of one message; the longest are the names of genes in a schema."""
+
 _METADATA_V5 = 4  # MetadataVersion of Schema.fbs: Arrow 1.0 and later
 
 
@@ -25,31 +29,76 @@ def check_decoded_size(body: bytes, max_bytes: int) -> bool:
     """
     view, total, position = memoryview(body), 0, 0
     while position < len(view):
-        continuation, size = struct.unpack_from("<Ii", view, position)
-        position += 8
-        if continuation != 0xFFFFFFFF or size < 0:
-            raise struct.error("a message does not begin as one")
-        if size == 0:
-            if position != len(view):
+        message = next_message(view, position)
+        if isinstance(message, int):
+            raise struct.error("a message is longer than the stream")
+        if message.is_end:
+            if message.end != len(view):
                 raise struct.error("bytes follow the end of the stream")
             return True
-        metadata, position = view[position : position + size], position + size
-        if (
-            _scalar(metadata, struct.unpack_from("<I", metadata)[0], field=0, kind="<h") != _METADATA_V5
-        ):  # Message.version
-            raise struct.error(
-                "metadata older than version 5, which may name a compression in places that are not looked at"
-            )
-        body_length = _scalar(metadata, struct.unpack_from("<I", metadata)[0], field=3, kind="<q")  # Message.bodyLength
-        if body_length < 0 or position + body_length > len(view):
-            raise struct.error("a message is longer than the stream")
-        kind = _scalar(metadata, struct.unpack_from("<I", metadata)[0], field=1, kind="<B")  # Message.header_type
-        if kind in (_DICTIONARY_BATCH, _RECORD_BATCH):
-            total += _declared_bytes(metadata, view[position : position + body_length], kind)
+        if message.kind in (_DICTIONARY_BATCH, _RECORD_BATCH):
+            total += _declared_bytes(message.metadata, view[message.body : message.end], message.kind)
         if total > max_bytes:
             raise BodyTooLarge(limit_bytes=max_bytes)
-        position += body_length
+        position = message.end
     return False
+
+
+@dataclass(frozen=True)
+class Message:
+    """One message of a stream, by its place in the bytes."""
+
+    kind: int
+    """MessageHeader of Message.fbs."""
+
+    metadata: memoryview
+    body: int
+    """Where its body begins."""
+
+    end: int
+    """Where the next message begins."""
+
+    @property
+    def is_end(self) -> bool:
+        """Whether this is the end-of-stream marker."""
+        return not len(self.metadata)
+
+    @property
+    def is_record_batch(self) -> bool:
+        """Whether it holds cells."""
+        return self.kind == _RECORD_BATCH
+
+
+def next_message(view: memoryview, position: int) -> Message | int:
+    """The message that begins at `position`; where its bytes are not all there, how many it has at least.
+
+    Raises:
+        struct.error: no message begins there, or its header is damaged.
+    """
+    if len(view) - position < 8:
+        return 8
+    continuation, size = map(int, struct.unpack_from("<Ii", view, position))
+    start = position + 8
+    if continuation != 0xFFFFFFFF or size < 0:
+        raise struct.error("a message does not begin as one")
+    if size > MAX_METADATA_BYTES:
+        raise struct.error(f"a message's metadata are longer than {MAX_METADATA_BYTES:,} bytes")
+    if start + size > len(view):
+        return 8 + size
+    metadata, body = view[start : start + size], start + size
+    if size == 0:
+        return Message(0, metadata, body, body)
+    table = struct.unpack_from("<I", metadata)[0]
+    if _scalar(metadata, table, field=0, kind="<h") != _METADATA_V5:  # Message.version
+        raise struct.error(
+            "metadata older than version 5, which may name a compression in places that are not looked at"
+        )
+    body_length = _scalar(metadata, table, field=3, kind="<q")  # Message.bodyLength
+    if body_length < 0:
+        raise struct.error("a message has a negative length")
+    if body + body_length > len(view):
+        return 8 + size + body_length
+    return Message(_scalar(metadata, table, field=1, kind="<B"), metadata, body, body + body_length)
 
 
 def _declared_bytes(metadata: memoryview, body: memoryview, kind: int) -> int:
