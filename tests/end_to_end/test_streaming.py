@@ -138,15 +138,15 @@ def test_an_error_of_the_caller(client: Client, server: Server, cells: ad.AnnDat
 def test_a_stream_that_is_cut_off(server: Server, cells: ad.AnnData) -> None:
     """A body that ends without its end-of-stream marker is never answered as if it were whole."""
     body = arrow_body(many(cells, 10), tuple(genes_of(cells)))
-    content = b""
-    with httpx.stream("POST", server.url + "/v1/embed", content=body[:-8], headers=STREAM) as answer:
-        pieces = answer.iter_raw()
-        with pytest.raises(httpx.RemoteProtocolError):
-            while True:
-                content += next(pieces)
+    content: list[bytes] = []
+    with (
+        httpx.stream("POST", server.url + "/v1/embed", content=body[:-8], headers=STREAM) as answer,
+        pytest.raises(httpx.RemoteProtocolError),
+    ):
+        content.extend(answer.iter_raw())
 
     # The cells before the cut are answered; then comes the reason, and no end-of-stream marker.
-    with pa.ipc.open_stream(content) as reader:
+    with pa.ipc.open_stream(b"".join(content)) as reader:
         assert len(reader.read_next_batch()) == 10
         _, metadata = reader.read_next_batch_with_custom_metadata()
     assert json.loads(metadata[b"cellserve-problem"])["code"] == "malformed_body"
