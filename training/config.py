@@ -6,7 +6,8 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from training.data.features import RULES
+from training.data.features import BY_NAME, RULES
+from training.data.splits import HELD_OUT, METHODS
 from training.families import FAMILIES
 
 Share = Annotated[float, Field(gt=0, lt=1)]
@@ -32,6 +33,59 @@ class Level(Strict):
     """Class → Cell Ontology id, in output order. Cells of other classes are trained on without a label."""
 
 
+class DataFile(Strict):
+    """Cells of your own: a file or folder in any format that training/data/formats reads."""
+
+    name: str
+    """Of the data set in this run, as the registered ones have one; cells are called <name>/<cell>."""
+
+    path: Path
+    """Absolute, or relative to where the command is run."""
+
+    format: str | None = None
+    """A key of FORMATS in training/data/formats; None: seen from the file itself."""
+
+    columns: dict[str, str] = {}
+    """Column of `obs` that the rest of the configuration knows → the file's own name for it, for example {cell_type: CellType}."""
+
+    gene_id: str | None = None
+    """Column of `var` with Ensembl ids, "index" for its index; None: a column of a usual name, or the index, where it holds Ensembl ids."""
+
+    gene_symbol: str | None = None
+    """Column of `var` with symbols, "index" for its index; None: a column of a usual name, or the index, where it holds no Ensembl ids."""
+
+    layer: str | None = None
+    """Layer that holds the raw counts; None: X."""
+
+    backed: bool = False
+    """Leave the counts of an .h5ad or .zarr on disk and train out of core; the run then has this one data set only."""
+
+    licence: str = "unknown"
+    """Of the data; it goes into the model card."""
+
+
+class CellFilter(Strict):
+    """Which cells are used at all; each bound is inclusive, and none is set by default."""
+
+    min_counts: Annotated[float, Field(ge=0)] | None = None
+    max_counts: Annotated[float, Field(gt=0)] | None = None
+    min_genes: Annotated[int, Field(ge=0)] | None = None
+    """Genes with a count above zero."""
+
+    max_genes: Annotated[int, Field(gt=0)] | None = None
+    max_mitochondrial: Annotated[float, Field(ge=0, le=1)] | None = None
+    """Share of a cell's counts that genes named MT-... (any case) may have."""
+
+    keep: dict[str, tuple[str, ...]] = {}
+    """Column of `obs` → values; cells with another value are left out."""
+
+    drop: dict[str, tuple[str, ...]] = {}
+    """Column of `obs` → values; cells with one of them are left out."""
+
+    max_cells: Annotated[int, Field(gt=0)] | None = None
+    """Of each data set, drawn at random, after the other filters."""
+
+
 class Genes(Strict):
     """Which genes the model takes; chosen from training cells only."""
 
@@ -42,23 +96,51 @@ class Genes(Strict):
     """Highest-ranked genes that are kept; fewer where the data have fewer."""
 
     min_cells: Annotated[int, Field(ge=0)] = 3
-    """Genes seen in fewer training cells of any one set are left out."""
+    """Genes seen in fewer training cells of any one batch are left out."""
+
+    min_variance: Annotated[float, Field(ge=0)] = 0.0
+    """Genes whose counts vary less than this over the training cells are left out (scVAE's keep_variances_above)."""
+
+    names: tuple[str, ...] = ()
+    """For the rule "names": Ensembl ids or symbols, all of which the data must have. Nothing else of this section then counts."""
+
+    sample: Annotated[int, Field(gt=0)] = 30_000
+    """Training cells that genes are ranked on, drawn at random where there are more."""
 
     @model_validator(mode="after")
     def _check(self) -> "Genes":
-        if self.rule not in RULES:
-            raise ValueError(f"rule '{self.rule}' is not one of {', '.join(RULES)}")
+        if self.rule not in (*RULES, BY_NAME):
+            raise ValueError(f"rule '{self.rule}' is not one of {', '.join((*RULES, BY_NAME))}")
+        if bool(self.names) != (self.rule == BY_NAME):
+            raise ValueError(f"names belong to the rule '{BY_NAME}', and it needs them")
         return self
 
 
 class Splits(Strict):
-    """Shares of the cells of each set and class that are kept from the gradient."""
+    """Which cells are kept from the gradient."""
+
+    method: str = "stratified"
+    """stratified: shares of each data set and class. random: shares of each data set. sequential: the last cells of each data set, in
+    the order of the file. held_out: all cells of the batches in `held_out` are tested on."""
+
+    held_out: tuple[str, ...] = ()
+    """Names of data sets or of batches. With them `test` does not count: all their cells are test cells and no others are."""
 
     test: Share = 0.2
     """Never seen while training; the evaluation's held-out cells."""
 
     validation: Share = 0.1
     """Of all cells; they decide when to stop and which epoch is kept."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "Splits":
+        if self.method not in METHODS:
+            raise ValueError(f"method '{self.method}' is not one of {', '.join(METHODS)}")
+        if bool(self.held_out) != (self.method == HELD_OUT):
+            raise ValueError(f"held_out belongs to the method '{HELD_OUT}', and it needs it")
+        if self.test + self.validation >= 1:
+            raise ValueError("test and validation leave no cell to train on")
+        return self
 
 
 class Fit(Strict):
@@ -126,8 +208,18 @@ class Config(Strict):
     """Of the exported weights."""
 
     species: str = "homo_sapiens"
-    data: Annotated[tuple[str, ...], Field(min_length=1)]
-    """Names of data sets; each is a technical batch."""
+    data: Annotated[tuple[str | DataFile, ...], Field(min_length=1)]
+    """Data sets: names of registered ones, or files."""
+
+    batch_key: str = "dataset"
+    """Column of `obs` that tells technical batches apart; by default each data set is one."""
+
+    cells: CellFilter = CellFilter()
+    """Which cells are used at all."""
+
+    map_symbols: bool = False
+    """Give genes that have a symbol only the Ensembl id that HGNC has for it, outdated symbols included; columns that become one gene are
+    summed. Human genes only."""
 
     labels: tuple[Level, ...] = ()
     genes: Genes = Genes()
@@ -146,7 +238,16 @@ class Config(Strict):
         if self.family not in FAMILIES:
             raise ValueError(f"family '{self.family}' is not one of {', '.join(FAMILIES)}")
         FAMILIES[self.family].defaults.model_validate(self.model)
+        if repeated := [name for name in self.datasets if self.datasets.count(name) > 1]:
+            raise ValueError(f"two data sets are called '{repeated[0]}'")
+        if len(self.data) > 1 and (backed := [d.name for d in self.data if isinstance(d, DataFile) and d.backed]):
+            raise ValueError(f"'{backed[0]}' is to stay on disk (backed), which a run of several data sets cannot do")
         return self
+
+    @property
+    def datasets(self) -> tuple[str, ...]:
+        """Names of the data sets."""
+        return tuple(source if isinstance(source, str) else source.name for source in self.data)
 
     @property
     def hyperparameters(self) -> Any:

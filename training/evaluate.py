@@ -58,7 +58,7 @@ def query_sets(run: Run) -> dict[str, NDArray[np.int64]]:
     """Positions of held-out cells by name: those of each set, and those that were published apart."""
     held_out = run.split.positions(run.reference, TEST)
     dataset = run.reference.obs["dataset"].to_numpy()
-    sets = {f"held_out_{name}": held_out[dataset[held_out] == name] for name in run.config.data}
+    sets = {f"held_out_{name}": held_out[dataset[held_out] == name] for name in run.config.datasets}
     sets["published_test"] = run.split.positions(run.reference, PUBLISHED)
     return {name: positions for name, positions in sets.items() if len(positions)}
 
@@ -87,7 +87,7 @@ def evaluate(run: Run, directory: Path, show: Callable[[str], object] = str) -> 
     methods = {"ours": served(model), **regressions(run.prepared)}
     for name, positions in query_sets(run).items():
         rows.append(_row(run.config, name, run.reference[positions], run.prepared, methods))
-    for source in run.config.data if len(run.config.data) > 1 else ():
+    for source in run.config.datasets if len(run.config.datasets) > 1 else ():
         show(f"trained on {source} only")
         rows += _across(run, source)
     (directory / EVALUATION).write_text(json.dumps(rows, indent=1) + "\n")
@@ -96,7 +96,8 @@ def evaluate(run: Run, directory: Path, show: Callable[[str], object] = str) -> 
 
 def _across(run: Run, source: str) -> list[dict[str, object]]:
     """Train on one set, annotate the others; cells whose type the source lacks are left out."""
-    config = run.config.model_copy(update={"data": (source,)})
+    one = tuple(data for data, name in zip(run.config.data, run.config.datasets, strict=True) if name == source)
+    config = run.config.model_copy(update={"data": one})
     dataset = run.reference.obs["dataset"]
     cells = run.reference[(dataset == source).to_numpy()].copy()
     # Nothing of the source needs to be held out but what decides when to stop.
@@ -108,7 +109,7 @@ def _across(run: Run, source: str) -> list[dict[str, object]]:
     known = set(cells.obs[level].astype(str)) & set(config.labels[0].classes)
     methods = {"ours": trained(fitted.family), **regressions(prepared)}
     rows = []
-    for target in run.config.data:
+    for target in run.config.datasets:
         if target != source:
             chosen = (dataset == target) & run.reference.obs[level].astype(str).isin(known)
             rows.append(_row(config, f"{source} → {target}", run.reference[chosen.to_numpy()], prepared, methods))

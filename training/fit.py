@@ -18,7 +18,7 @@ from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 
 from training.config import Config
 from training.data.minibatches import Minibatch, Minibatches
-from training.data.prepared import Prepared
+from training.data.prepared import NoTrainingCells, Prepared
 from training.families import FAMILIES
 from training.families.family import Example, Family
 from training.progress import MetricsLog, ProgressBar
@@ -135,7 +135,10 @@ def fit(
 
     Raises:
         DeviceUnavailable: CUDA is asked for and absent.
+        NoTrainingCells: there are no validation cells.
     """
+    if not len(prepared.validation):
+        raise NoTrainingCells("The split gives no validation cells. A stratum of fewer than three cells is not split.")
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)  # below that it advertises
     accelerator = choose_accelerator(config.fit.device)

@@ -3,6 +3,7 @@
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 
 from service.contract import artifact
@@ -18,7 +19,8 @@ from service.contract.manifest import (
 )
 from service.inference.session import Runtime, Session
 from training import archive, parity
-from training.data import registry
+from training.data import source
+from training.data.prepared import column
 from training.data.splits import TEST, VALIDATION
 from training.gene_names import gene_table, has_ensembl_ids
 from training.onnx_graph import signature, to_onnx
@@ -70,7 +72,7 @@ def build(run: Run, version: str) -> tuple[Manifest, dict[str, bytes]]:
             min_gene_overlap=run.config.export.min_gene_overlap,
         ),
         graphs=signatures,
-        batch=BatchPolicy(names=run.config.data),
+        batch=BatchPolicy(names=run.prepared.batches),
         labels=tuple(
             LabelLevel(name=level.name, classes=tuple(level.classes), ontology_ids=tuple(level.classes.values()))
             for level in run.config.labels
@@ -90,7 +92,9 @@ def held_out_inputs(run: Run, n_cells: int) -> Arrays:
     chosen = positions[np.unique(np.linspace(0, len(positions) - 1, min(n_cells, len(positions))).astype(int))]
     cells = run.reference[chosen]
     counts = cells[:, run.prepared.var.index].X.toarray().astype(np.float32)
-    batch = np.array([run.config.data.index(name) for name in cells.obs["dataset"]], dtype=np.int64)
+    names = pd.Index(run.prepared.batches)
+    # A cell of a held-out batch is decoded as one of the first: any will do to compare two runtimes.
+    batch = names.get_indexer(column(cells, run.config.batch_key)).clip(0).astype(np.int64)
     return {"counts": counts, "library": counts.sum(axis=1), "batch": batch}
 
 
@@ -112,9 +116,9 @@ def provenance(run: Run) -> Provenance:
                 name=name,
                 sha256=found["data"][name],
                 n_cells=int((run.reference.obs["dataset"] == name).sum()),
-                licence=registry.find(name).licence,
+                licence=source.licence(data),
             )
-            for name in run.config.data
+            for data, name in zip(run.config.data, run.config.datasets, strict=True)
         ),
         config=run.config.model_dump(mode="json"),
         seed=found["seed"],

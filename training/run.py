@@ -22,7 +22,7 @@ from training import archive
 from training import config as configuration
 from training import fit as fitting
 from training.config import Config
-from training.data import registry
+from training.data import source
 from training.data.prepared import Prepared, prepare, split_reference
 from training.data.reference import load_reference
 from training.data.splits import TEST, Split
@@ -72,7 +72,7 @@ def fit(config: Config, directory: Path, resume: bool = False, show_progress: bo
         raise RunExists(f"{directory} holds a run of another configuration, which --resume cannot go on with.")
     (directory / CONFIG).write_text(config.dump())
     started = time.perf_counter()
-    reference = load_reference(config.data)
+    reference = load_reference(config.data, config.cells, config.map_symbols, config.seed)
     split = split_reference(config, reference)
     (directory / SPLIT).write_text(split.dump())
     prepared = prepare(config, reference, split)
@@ -85,7 +85,7 @@ def fit(config: Config, directory: Path, resume: bool = False, show_progress: bo
         "best_validation_loss": fitted.best_loss,
         "n_epochs": fitted.n_epochs,
         "is_interrupted": fitted.is_interrupted,
-        "data": {name: {file.name: file.sha256 for file in registry.find(name).files} for name in config.data},
+        "data": {name: source.digests(data) for data, name in zip(config.data, config.datasets, strict=True)},
     }
     weights = {name: tensor.numpy() for name, tensor in fitted.family.state_dict().items()}
     (directory / WEIGHTS).write_bytes(archive.dump(weights))
@@ -104,7 +104,7 @@ def load(directory: Path) -> Run:
             f"{directory} holds no finished run: {', '.join(missing)} missing. Run `fit` with --output {directory}."
         )
     config = configuration.load(directory / CONFIG)
-    reference = load_reference(config.data)
+    reference = load_reference(config.data, config.cells, config.map_symbols, config.seed)
     split = Split.parse((directory / SPLIT).read_text())
     prepared = prepare(config, reference, split)
     genes = pd.read_csv(directory / GENES, sep="\t", keep_default_na=False)

@@ -23,7 +23,7 @@ def test_every_committed_config_is_valid(path: Path) -> None:
     """It opens with the command that runs it, its data sets exist, and it reads back."""
     config = configuration.load(path)
     assert f"python -m training fit training/configs/{path.name}" in path.read_text().split("name:")[0]
-    assert all(name in registry.DATASETS for name in config.data)
+    assert all(name in registry.DATASETS for name in config.data if isinstance(name, str))
     assert configuration.Config.model_validate(yaml.safe_load(config.dump())) == config
 
 
@@ -33,6 +33,14 @@ def test_the_shipped_config_has_the_eight_types() -> None:
     assert level.name == "cell_type"
     assert list(level.classes) == ["B", "CD4 T", "CD8 T", "NK", "Monocyte", "Dendritic", "CD34+ progenitor", "Platelet"]
     assert all(term.startswith("CL:") for term in level.classes.values())
+
+
+def test_files_stand_beside_registered_sets(tmp_path: Path) -> None:
+    """A file has a name in the run, and the configuration reads back with it."""
+    data = ["tiny_a", {"name": "mine", "path": "cells.h5ad", "columns": {"cell_type": "CellType"}}]
+    config = configuration.load(written(tmp_path / "tiny.yaml", data=data))
+    assert config.datasets == ("tiny_a", "mine")
+    assert configuration.Config.model_validate(yaml.safe_load(config.dump())) == config
 
 
 def test_overrides_win_over_the_file(tmp_path: Path) -> None:
@@ -57,6 +65,13 @@ def test_all_faults_are_named_at_once(tmp_path: Path) -> None:
         ("family=cnn", "one of autoencoder, vae"),
         ("genes.rule=best", "one of seurat"),
         ("model.n_latents=3", "n_latents"),
+        ("split.method=half", "one of stratified, random, sequential, held_out"),
+        ("split.held_out=[tiny_a]", "belongs to the method"),
+        ("split.method=held_out", "needs it"),
+        ("split={test: 0.6, validation: 0.5}", "no cell to train on"),
+        ("genes.rule=names", "needs them"),
+        ("data=[tiny_a, tiny_a]", "two data sets"),
+        ("data=[tiny_a, {name: b, path: b.zarr, backed: true}]", "stay on disk"),
         ("seed", "key.sub=value"),
         ("name.sub=1", "name is a value"),
     ],

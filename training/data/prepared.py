@@ -10,9 +10,9 @@ from anndata import AnnData
 from numpy.typing import NDArray
 
 from training.config import Config
-from training.data.features import TrainingCells, select_genes
+from training.data.features import BY_NAME, TrainingCells, select_genes, select_named
 from training.data.minibatches import Cells
-from training.data.splits import TRAIN, VALIDATION, Split, split_cells
+from training.data.splits import HELD_OUT, SEQUENTIAL, STRATIFIED, TRAIN, VALIDATION, Split, hold_out, split_cells
 from training.families.family import Dimensions, Statistics
 
 
@@ -25,25 +25,77 @@ class Prepared:
     var: pd.DataFrame
     """The chosen genes: gene_id and gene_symbol, in graph order."""
 
+    batches: tuple[str, ...]
+    """Technical batches, by their number."""
+
     dimensions: Dimensions
     statistics: Statistics
 
 
+class NoTrainingCells(Exception):
+    """The split leaves nothing to train on, or to validate with."""
+
+
+class UnknownColumn(Exception):
+    """The configuration names a column that the cells do not have."""
+
+
 def split_reference(config: Config, reference: AnnData) -> Split:
-    """The split of a run: every data set and class is drawn from alike."""
-    labels = [reference.obs[level.name].astype(str) for level in config.labels[:1]]
-    strata = zip(reference.obs["dataset"], *labels, strict=True)
-    return split_cells(reference, strata, config.split.test, config.split.validation, config.seed)
+    """The split of a run, as the configuration's `split` asks for it.
+
+    Raises:
+        UnknownColumn: no such label or batch.
+        UnknownBatch: a batch that is to be held out does not occur.
+    """
+    wanted = config.split
+    batch = column(reference, config.batch_key)
+    # Rare classes must be in every part, so that a draw by batch is stratified as well.
+    levels = config.labels[:1] if wanted.method in (STRATIFIED, HELD_OUT) else ()
+    strata = zip(reference.obs["dataset"], *(column(reference, level.name) for level in levels), strict=True)
+    if wanted.method == HELD_OUT:
+        return hold_out(reference, batch, wanted.held_out, strata, wanted.validation, config.seed)
+    return split_cells(
+        reference, strata, wanted.test, wanted.validation, config.seed, is_sequential=wanted.method == SEQUENTIAL
+    )
 
 
-def encode_cells(config: Config, cells: AnnData, genes: NDArray[np.int64]) -> Cells:
+def column(cells: AnnData, key: str) -> pd.Series:
+    """A column of `obs` as strings.
+
+    Raises:
+        UnknownColumn: with the columns that there are.
+    """
+    if key not in cells.obs:
+        raise UnknownColumn(
+            f"The cells have no column '{key}' in obs. They have {', '.join(map(str, cells.obs.columns))}."
+        )
+    return cells.obs[key].astype(str)
+
+
+def batch_names(config: Config, training_cells: AnnData) -> tuple[str, ...]:
+    """Technical batches that have training cells: data sets in the configuration's order, others by name."""
+    found = set(column(training_cells, config.batch_key))
+    if config.batch_key == "dataset":
+        return tuple(name for name in config.datasets if name in found)
+    return tuple(sorted(found))
+
+
+def encode_cells(
+    config: Config, cells: AnnData, genes: NDArray[np.int64], batches: tuple[str, ...] | None = None
+) -> Cells:
     """Counts over `genes` (positions in `cells`), batches and labels as numbers.
 
-    Batches are numbered in the order of `config.data`; a cell of another set has -1 and can only be encoded.
+    Args:
+        config: names the columns.
+        cells: of the run's data sets, or others with the same genes.
+        genes: positions in `cells`, in graph order.
+        batches: of the model (`Prepared.batches`), None for the names of the data sets. A cell of another batch has -1 and can only be
+            encoded.
     """
-    batch = pd.Categorical(cells.obs["dataset"], categories=list(config.data)).codes.astype(np.int64)
+    names = config.datasets if batches is None else batches
+    batch = pd.Categorical(column(cells, config.batch_key), categories=list(names)).codes.astype(np.int64)
     codes = [
-        pd.Categorical(cells.obs[level.name].astype(str), categories=list(level.classes)).codes.astype(np.int64)
+        pd.Categorical(column(cells, level.name), categories=list(level.classes)).codes.astype(np.int64)
         for level in config.labels
     ]
     labels = np.stack(codes, axis=1) if codes else np.zeros((cells.n_obs, 0), dtype=np.int64)
@@ -51,29 +103,47 @@ def encode_cells(config: Config, cells: AnnData, genes: NDArray[np.int64]) -> Ce
 
 
 def prepare(config: Config, reference: AnnData, split: Split) -> Prepared:
-    """Choose genes from the training cells and put both parts into numbers."""
-    positions = split.positions(reference, TRAIN)
-    everything = encode_cells(config, reference[positions], np.arange(reference.n_vars))
-    first = everything.labels[:, 0] if everything.labels.shape[1] else np.full(len(positions), -1)
-    chosen = select_genes(
-        TrainingCells(everything.counts, everything.batch, first),
-        config.genes.rule,
-        config.genes.n_genes,
-        config.genes.min_cells,
-    )
-    train = Cells(everything.counts[:, chosen], everything.batch, everything.labels)
-    validation = encode_cells(config, reference[split.positions(reference, VALIDATION)], chosen)
+    """Choose genes from the training cells and put both parts into numbers.
+
+    Raises:
+        NoTrainingCells: there are none.
+        NoGenes: no gene passes the filters, or one that is asked for is not there.
+        UnknownColumn: no such label or batch.
+    """
+    positions, validation_positions = split.positions(reference, TRAIN), split.positions(reference, VALIDATION)
+    if not len(positions):
+        raise NoTrainingCells(f"The split leaves none of {reference.n_obs:,} cells to train on.")
+    batches = batch_names(config, reference[positions])
+    chosen = choose_genes(config, reference, positions, batches)
+    train = encode_cells(config, reference[positions], chosen, batches)
+    validation = encode_cells(config, reference[validation_positions], chosen, batches)
     return Prepared(
         train=train,
         validation=validation,
         var=reference.var.iloc[chosen].copy(),
+        batches=batches,
         dimensions=Dimensions(
             n_genes=len(chosen),
-            n_batches=len(config.data),
+            n_batches=len(batches),
             n_classes={level.name: len(level.classes) for level in config.labels},
         ),
         statistics=measure(config, train),
     )
+
+
+def choose_genes(
+    config: Config, reference: AnnData, positions: NDArray[np.int64], batches: tuple[str, ...]
+) -> NDArray[np.int64]:
+    """Positions of the model's genes, ranked on the training cells at `positions` or on a sample of them."""
+    rule = config.genes
+    if rule.rule == BY_NAME:
+        return select_named(reference.var, rule.names)
+    if len(positions) > rule.sample:
+        positions = np.sort(np.random.default_rng(config.seed).choice(positions, rule.sample, replace=False))
+    cells = encode_cells(config, reference[positions], np.arange(reference.n_vars), batches)
+    first = cells.labels[:, 0] if cells.labels.shape[1] else np.full(len(positions), -1)
+    found = TrainingCells(cells.counts, cells.batch, first)
+    return select_genes(found, rule.rule, rule.n_genes, rule.min_cells, rule.min_variance)
 
 
 def measure(config: Config, train: Cells) -> Statistics:

@@ -1,31 +1,51 @@
 """The reference: data sets joined over their common genes, one technical batch each."""
 
+from collections.abc import Sequence
+
 import anndata as ad
 import numpy as np
 import pandas as pd
 
-from training.data import registry
+from training.config import CellFilter, DataFile
+from training.data import gene_map, source
+from training.data.cell_filters import keep_cells
 
 
 class NoCommonGenes(Exception):
     """Data sets have no gene in common."""
 
 
-def load_reference(names: tuple[str, ...]) -> ad.AnnData:
+def load_reference(
+    data: Sequence[str | DataFile], cells: CellFilter | None = None, map_symbols: bool = False, seed: int = 0
+) -> ad.AnnData:
     """The cells of several data sets over the genes that all of them have.
 
     Args:
-        names: of data sets of the registry.
+        data: names of data sets of the registry, or files.
+        cells: which cells are used; None for all.
+        map_symbols: give genes with a symbol only their Ensembl id (see gene_map.py).
+        seed: of the draw of cells, where there is one.
 
     Returns:
-        Counts CSR float32, shape (n_cells, n_common_genes). `obs` as the readers give it, with `dataset` added; cells are called
-        <data set>/<cell>. `var` has `gene_id` and `gene_symbol`; genes are in the order of the first set.
+        Counts CSR float32, shape (n_cells, n_common_genes), or a matrix on disk for one backed file. `obs` as the readers give it, with
+        `dataset` added; cells are called <data set>/<cell>. `var` has `gene_id` and `gene_symbol`; genes are in the order of the first set.
 
     Raises:
         NoCommonGenes: nothing is left.
-        as `registry.fetch` does.
+        NoCells: no cell of a set passes the filter.
+        as `source.read` does.
     """
-    return join({name: registry.read(name) for name in names})
+    sets = {}
+    for one in data:
+        name = one if isinstance(one, str) else one.name
+        found = source.read(one)
+        if map_symbols:
+            found = gene_map.map_symbols(found, name)
+        if cells is not None and cells != CellFilter():
+            keep = keep_cells(found, cells, name, seed)
+            found = found[keep].copy()
+        sets[name] = found
+    return join(sets)
 
 
 def join(sets: dict[str, ad.AnnData]) -> ad.AnnData:

@@ -11,6 +11,12 @@ from numpy.typing import NDArray
 
 TRAIN, VALIDATION, TEST, PUBLISHED = "train", "validation", "test", "published"
 PARTS = (TRAIN, VALIDATION, TEST, PUBLISHED)
+STRATIFIED, RANDOM, SEQUENTIAL, HELD_OUT = "stratified", "random", "sequential", "held_out"
+METHODS = (STRATIFIED, RANDOM, SEQUENTIAL, HELD_OUT)
+
+
+class UnknownBatch(Exception):
+    """A batch that is to be held out does not occur."""
 
 
 @dataclass(frozen=True)
@@ -36,18 +42,21 @@ class Split:
         return cls({name: part for part, names in json.loads(text).items() for name in names})
 
 
-def split_cells(cells: AnnData, strata: Iterable[Any], test: float, validation: float, seed: int) -> Split:
+def split_cells(
+    cells: AnnData, strata: Iterable[Any], test: float, validation: float, seed: int, is_sequential: bool = False
+) -> Split:
     """Draw test and validation cells from every stratum alike.
 
     Args:
         cells: those marked "test" in obs["published_split"] are set apart as "published" and drawn for nothing else.
         strata: one value per cell, for example its set and class.
-        test: share of each stratum.
+        test: share of each stratum; may be 0.
         validation: share of each stratum.
         seed: of the draw.
+        is_sequential: draw nothing: the last cells of a stratum are test cells, those before them validation cells.
 
     Returns:
-        A part for each cell. A stratum of three cells or more has at least one cell in each part.
+        A part for each cell. A stratum of three cells or more has at least one cell in each part of which the share is not 0.
     """
     generator = np.random.default_rng(seed)
     published = cells.obs.get("published_split")
@@ -55,11 +64,52 @@ def split_cells(cells: AnnData, strata: Iterable[Any], test: float, validation: 
     stratum = np.array([str(value) for value in strata])
     part = np.full(cells.n_obs, TRAIN, dtype=object)
     part[is_published] = PUBLISHED
-    for value in sorted(set(stratum)):
-        members = generator.permutation(np.flatnonzero((stratum == value) & ~is_published))
+    # By sorting and not by comparing with each value: a million cells may have many strata.
+    values, code = np.unique(stratum, return_inverse=True)
+    usable = np.flatnonzero(~is_published)
+    by_stratum = np.split(
+        usable[np.argsort(code[usable], kind="stable")],
+        np.cumsum(np.bincount(code[usable], minlength=len(values)))[:-1],
+    )
+    for positions in by_stratum:
+        members = positions[::-1] if is_sequential else generator.permutation(positions)
         if len(members) < len((TRAIN, VALIDATION, TEST)):
             continue
-        n_test, n_validation = (max(1, round(share * len(members))) for share in (test, validation))
+        n_test, n_validation = (max(1, round(share * len(members))) if share else 0 for share in (test, validation))
         part[members[:n_test]] = TEST
         part[members[n_test : n_test + n_validation]] = VALIDATION
     return Split(dict(zip(cells.obs_names, part.tolist(), strict=True)))
+
+
+def hold_out(
+    cells: AnnData, batch: Iterable[str], held_out: tuple[str, ...], strata: Iterable[Any], validation: float, seed: int
+) -> Split:
+    """Test on whole batches and train on the others.
+
+    Args:
+        cells: obs["dataset"] names the data set of each.
+        batch: technical batch of each cell.
+        held_out: names of data sets or batches; all their cells are test cells, but for those that were published apart.
+        strata: from each of which validation cells are drawn alike.
+        validation: share of the other cells.
+        seed: of that draw.
+
+    Raises:
+        UnknownBatch: a name is neither a data set nor a batch, or nothing is left to train on.
+    """
+    names = np.stack([cells.obs["dataset"].astype(str).to_numpy(dtype=object), np.array(list(batch), dtype=object)])
+    known = sorted({*names[0], *names[1]})
+    if absent := [name for name in held_out if name not in known]:
+        raise UnknownBatch(
+            f"'{absent[0]}' is to be held out, but is no data set or batch. There are {', '.join(known)}."
+        )
+    is_held_out = np.isin(names.astype(str), held_out).any(axis=0)
+    if is_held_out.all():
+        raise UnknownBatch(f"Holding out {', '.join(held_out)} leaves nothing to train on.")
+    others = split_cells(
+        cells[~is_held_out], [s for s, out in zip(strata, is_held_out, strict=True) if not out], 0.0, validation, seed
+    )
+    part = {name: others.part.get(name, TEST) for name in cells.obs_names}
+    if "published_split" in cells.obs:
+        part |= dict.fromkeys(cells.obs_names[(cells.obs["published_split"] == "test").to_numpy()], PUBLISHED)
+    return Split(part)
