@@ -118,7 +118,7 @@ async def _pieces(
 ) -> AsyncIterator[bytes]:
     """The bytes of the answer, one piece per chunk; `columns` is the first."""
     serialise_seconds, position = 0.0, 0
-    lead = writer.start(query.head(work.model, work.task, request_id.current.get()))
+    lead = writer.start(query.head(work.model, work.task, work.options, request_id.current.get()))
     while True:
         started = time.perf_counter()
         stop = position + n_cells(columns)
