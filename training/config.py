@@ -27,7 +27,13 @@ class Level(Strict):
     """One set of classes to tell apart."""
 
     name: str
-    """Column of `obs` that holds the classes, and the name of the classifier's output."""
+    """Of the classifier's output, and of the column of `obs` that holds the classes."""
+
+    column: str | None = None
+    """Column of `obs` that holds the classes, where it is called otherwise."""
+
+    data: tuple[str, ...] = ()
+    """Data sets whose cells have this level, so that atlases with other label sets can be trained on together; all by default."""
 
     classes: dict[str, str | None]
     """Class → Cell Ontology id, in output order. Cells of other classes are trained on without a label."""
@@ -211,8 +217,9 @@ class Config(Strict):
     data: Annotated[tuple[str | DataFile, ...], Field(min_length=1)]
     """Data sets: names of registered ones, or files."""
 
-    batch_key: str = "dataset"
-    """Column of `obs` that tells technical batches apart; by default each data set is one."""
+    batch_key: str | Annotated[tuple[str, ...], Field(min_length=1)] = "dataset"
+    """Column of `obs` that tells technical batches apart; by default each data set is one. Several columns, coarsest first, make batches
+    of several levels (study, donor): each combination that occurs is a batch, and families may treat the levels apart."""
 
     cells: CellFilter = CellFilter()
     """Which cells are used at all."""

@@ -69,13 +69,13 @@ class Fitting(lightning.LightningModule):
         """Loss of one minibatch."""
         target = batch.counts()
         counts = corrupt(target, self.config.fit.thinning, self.config.fit.gene_dropout)
-        example = Example(counts, target, batch.batch, batch.labels, self.current_epoch)
+        example = Example(counts, target, batch.batch, batch.labels, self.current_epoch, batch.obsm)
         return self._log("train", self.family.loss(example), len(target))
 
     def validation_step(self, batch: Minibatch, batch_idx: int) -> None:  # noqa: ARG002
         """Loss of one minibatch of validation cells, uncorrupted."""
         counts = batch.counts()
-        example = Example(counts, counts, batch.batch, batch.labels, _VALIDATION_EPOCH)
+        example = Example(counts, counts, batch.batch, batch.labels, _VALIDATION_EPOCH, batch.obsm)
         self._log("validation", self.family.loss(example), len(counts))
 
     def configure_optimizers(self) -> dict[str, Any]:

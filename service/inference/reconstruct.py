@@ -97,9 +97,7 @@ def run(model: Model, counts: sp.csr_matrix, options: Options) -> Columns:
         expression = np.ascontiguousarray(expression[:, positions])
     return {
         "expression": Vectors(expression, tuple(model.genes.display(at) for at in positions)),
-        **{
-            modality.name: Vectors(decoded[modality.name], modality.features) for modality in model.manifest.modalities
-        },
+        **{modality.name: Vectors(decoded[modality.name], modality.features) for modality in model.manifest.modalities},
         "is_empty": is_empty(counts),
     }
 

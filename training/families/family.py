@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, ClassVar
 
 import torch
@@ -56,6 +56,16 @@ class Hyperparameters(BaseModel):
 
 
 @dataclass(frozen=True)
+class BatchLevel:
+    """One of the columns that technical batches are told apart by, for example the study or the donor."""
+
+    name: str
+    values: tuple[str, ...]
+    codes: tuple[int, ...]
+    """For each batch the position of its value in `values`."""
+
+
+@dataclass(frozen=True)
 class Dimensions:
     """What the data prescribe."""
 
@@ -63,6 +73,12 @@ class Dimensions:
     n_batches: int
     n_classes: Mapping[str, int]
     """By label level; empty for a model without labels."""
+
+    batch_levels: tuple[BatchLevel, ...] = ()
+    """Columns that the batches are combinations of, coarsest first; one where there is one column."""
+
+    obsm: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """What else is known of each cell, by key of `obsm`: names of the columns."""
 
 
 @dataclass(frozen=True)
@@ -77,6 +93,9 @@ class Statistics:
 
     n_cells: Mapping[str, Tensor]
     """Training cells of each class, by label level, float32 (n_classes,)."""
+
+    obsm: Mapping[str, Tensor] = field(default_factory=dict)
+    """Values of the training cells by key of `obsm`, float32 (n_training_cells, n_columns), NaN where unknown."""
 
 
 @dataclass(frozen=True)
@@ -96,6 +115,8 @@ class Example:
     """int64 (n, n_levels), -1 for none."""
 
     epoch: int
+    obsm: Mapping[str, Tensor] = field(default_factory=dict)
+    """By key of `obsm`, float32 (n, n_columns); NaN where unknown."""
 
 
 @dataclass(frozen=True)
@@ -124,6 +145,11 @@ class Family(nn.Module, ABC):
     @abstractmethod
     def loss(self, example: Example) -> dict[str, Tensor]:
         """Scalars by name: `loss` is minimised, the others are logged."""
+
+    @classmethod
+    def obsm_keys(cls, hyperparameters: Hyperparameters) -> tuple[str, ...]:  # noqa: ARG003 - for families that need some
+        """Keys of `obsm` that these hyper-parameters need beside the counts."""
+        return ()
 
     @abstractmethod
     def graphs(self) -> dict[str, Graph]:
