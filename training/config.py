@@ -194,6 +194,13 @@ class Export(Strict):
     min_gene_overlap: Annotated[float, Field(gt=0, le=1)] = 0.5
     """Share of the model's genes that a query must have."""
 
+    decode_default: str = "average"
+    """Batch as which cells are reconstructed unless a client asks for another: a name, or "average"."""
+
+    unseen_batch: Literal["refuse", "default"] | None = None
+    """What a client gets who asks for a batch that was not trained on: a refusal, or `decode_default` and a word of it in the answer. None:
+    default where the decoder has a code for the average batch, refuse elsewhere."""
+
     n_golden: Annotated[int, Field(gt=0)] = 16
     """Held-out cells stored with their outputs; an empty cell is added."""
 

@@ -120,6 +120,18 @@ class Example:
 
 
 @dataclass(frozen=True)
+class Imputed:
+    """Something else than expression that the graph `decode` gives, and where the measured values of training cells are."""
+
+    name: str
+    """Of the output."""
+
+    obsm_key: str
+    features: tuple[str, ...]
+    unit: str
+
+
+@dataclass(frozen=True)
 class Graph:
     """A module that becomes an ONNX file, and the names of its tensors."""
 
@@ -136,6 +148,12 @@ class Family(nn.Module, ABC):
 
     defaults: ClassVar[type[Hyperparameters]]
     """Its hyper-parameters with their defaults."""
+
+    average_batch: int | None = None
+    """Index with which `decode` takes the average batch itself; None where expressions are averaged instead."""
+
+    imputes: tuple[Imputed, ...] = ()
+    """What `decode` gives beside expression."""
 
     @abstractmethod
     def __init__(self, hyperparameters: Hyperparameters, dimensions: Dimensions, statistics: Statistics) -> None:
