@@ -25,18 +25,18 @@ class BatchLevels(nn.Module):
             width: of each level's embedding.
         """
         super().__init__()
-        self.names = tuple(level.name for level in levels)
         self.n_batches = len(levels[0].codes)
         codes = torch.tensor([[*level.codes, len(level.values)] for level in levels])
         self.register_buffer("codes", codes, persistent=False)
         """By level and batch, the average last: row of the level's table."""
-        if kind == "embedding":
-            self.tables = nn.ParameterList(torch.randn(len(level.values), width) for level in levels)
-        else:
-            self.tables = nn.ParameterList(
-                nn.Parameter(torch.eye(len(level.values)), requires_grad=False) for level in levels
-            )
-        self.width = sum(table.shape[1] for table in self.tables)
+        self.levels = tuple(levels)
+        self.is_embedding = kind == "embedding"
+        for i, level in enumerate(levels):
+            if self.is_embedding:
+                self.register_parameter(f"table_{i}", nn.Parameter(torch.randn(len(level.values), width)))
+            else:
+                self.register_buffer(f"table_{i}", torch.eye(len(level.values)), persistent=False)
+        self.width = sum(width if self.is_embedding else len(level.values) for level in levels)
 
     def known_or_average(self, batch: Tensor) -> Tensor:
         """Batches int64 (n,), -1 for a batch that the model does not know, as indices that `forward` takes."""
@@ -45,7 +45,8 @@ class BatchLevels(nn.Module):
     def forward(self, batch: Tensor) -> Tensor:
         """Batches int64 (n,), from 0 to n_batches, to vectors (n, width)."""
         parts = []
-        for codes, table in zip(self.codes, self.tables, strict=True):
+        for i, codes in enumerate(self.codes):
+            table = self.get_parameter(f"table_{i}") if self.is_embedding else self.get_buffer(f"table_{i}")
             whole = torch.cat([table, table.mean(dim=0, keepdim=True)])
             parts.append(nn.functional.embedding(nn.functional.embedding(batch, codes[:, None]).squeeze(1), whole))
         return torch.cat(parts, dim=1)

@@ -208,6 +208,24 @@ class Export(Strict):
     """Held-out cells on which ONNX Runtime is compared with torch in float64."""
 
 
+class Start(Strict):
+    """Begin with the weights of a finished run. What it knew of genes, batches and classes is carried over by name."""
+
+    run: str
+    """Its directory. It is needed for fitting only: what is made of it is kept in the new run."""
+
+    batches: tuple[str, ...] = ()
+    """Batches of that run, which the new model keeps; taken from it where none are given."""
+
+    keep_genes: bool = True
+    """The model takes the genes of that run; those that the data lack count zero. False: genes are chosen anew from those that the data
+    share."""
+
+    train: Literal["all", "batches"] = "all"
+    """batches: fit the codes of new batches only, so that every embedding and label stays as it is (as scArches; Lotfollahi et al. 2022,
+    doi:10.1038/s41587-021-01001-7). It needs a weight_decay of 0, which would wear off the other codes."""
+
+
 class Config(Strict):
     """A whole run."""
 
@@ -236,6 +254,9 @@ class Config(Strict):
     summed. Human genes only."""
 
     labels: tuple[Level, ...] = ()
+    start: Start | None = None
+    """Another run to begin with."""
+
     genes: Genes = Genes()
     split: Splits = Splits()
     family: str
@@ -254,6 +275,8 @@ class Config(Strict):
         FAMILIES[self.family].defaults.model_validate(self.model)
         if repeated := [name for name in self.datasets if self.datasets.count(name) > 1]:
             raise ValueError(f"two data sets are called '{repeated[0]}'")
+        if self.start and self.start.train == "batches" and self.fit.weight_decay:
+            raise ValueError("start.train: batches needs fit.weight_decay: 0")
         if len(self.data) > 1 and (backed := [d.name for d in self.data if isinstance(d, DataFile) and d.backed]):
             raise ValueError(f"'{backed[0]}' is to stay on disk (backed), which a run of several data sets cannot do")
         return self

@@ -30,7 +30,9 @@ def score(run: Run, imputed: Imputed) -> tuple[str, dict[str, float]]:
     names = column(cells, run.config.batch_key).to_numpy()
     figures = correlations(np.log1p(query.obsm[imputed.obsm_key]), np.log1p(found), names)
     quality = {
-        name: round(float(value), 4) for name, value in zip(imputed.features, figures, strict=True) if np.isfinite(value)
+        name: round(float(value), 4)
+        for name, value in zip(imputed.features, figures, strict=True)
+        if np.isfinite(value)
     }
     return METRIC.format(n_cells=len(positions)), quality
 

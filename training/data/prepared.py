@@ -83,11 +83,23 @@ def column(cells: AnnData, key: str | tuple[str, ...]) -> pd.Series:
 
 
 def batch_names(config: Config, training_cells: AnnData) -> tuple[str, ...]:
-    """Technical batches that have training cells: data sets in the configuration's order, others by name."""
+    """Technical batches that have training cells: data sets in the configuration's order, others by name.
+
+    Those of a run that this one begins with come first, with cells or without.
+    """
     found = set(column(training_cells, config.batch_key))
-    if config.batch_key == "dataset":
-        return tuple(name for name in config.datasets if name in found)
-    return tuple(sorted(found))
+    known = config.start.batches if config.start else ()
+    names = config.datasets if config.batch_key == "dataset" else tuple(sorted(found))
+    return (*known, *(name for name in names if name in found and name not in known))
+
+
+def add_labels(config: Config, reference: AnnData) -> None:
+    """Write each label level that has a column of its own, or that only some data sets have, to the column of its name."""
+    for level in config.labels:
+        if level.column or level.data:
+            values = column(reference, level.column or level.name)
+            has_level = reference.obs["dataset"].isin(level.data or config.datasets)
+            reference.obs[level.name] = values.where(has_level, "")
 
 
 def batch_levels(config: Config, batches: tuple[str, ...]) -> tuple[BatchLevel, ...]:
@@ -195,6 +207,8 @@ def choose_genes(
 ) -> NDArray[np.int64]:
     """Positions of the model's genes, ranked on the training cells at `positions` or on a sample of them."""
     rule = config.genes
+    if config.start and config.start.keep_genes:
+        return np.arange(reference.n_vars)
     if rule.rule == BY_NAME:
         return select_named(reference.var, rule.names)
     if len(positions) > rule.sample:

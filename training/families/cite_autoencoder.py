@@ -1,5 +1,6 @@
 """Two encoders, one latent: RNA and surface proteins of a cell, as citeseq_autoencoder (naity; Nuwa)."""
 
+from itertools import pairwise
 from typing import Annotated, ClassVar, final
 
 import torch
@@ -176,7 +177,7 @@ def _is_known(protein: Tensor) -> Tensor:
 def _layers(sizes: Widths, dropout: float, layer_norm: bool) -> nn.Sequential:
     """Linear, LeakyReLU (, LayerNorm) and dropout: the published order, activation before norm, but the norm is within a cell."""
     layers: list[nn.Module] = []
-    for n_in, n_out in zip(sizes[:-1], sizes[1:], strict=True):
+    for n_in, n_out in pairwise(sizes):
         layers += [nn.Linear(n_in, n_out), nn.LeakyReLU()]
         if layer_norm:
             layers.append(nn.LayerNorm(n_out))

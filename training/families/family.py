@@ -3,7 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Annotated, ClassVar
+from typing import Annotated, ClassVar, Self
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
@@ -140,6 +140,19 @@ class Graph:
     outputs: tuple[str, ...]
 
 
+Axis = tuple[tuple[str, ...], ...] | None
+"""For each row (or column) its kind and name: ("gene", id), ("class", level, name), ("batch", level, value). None: the same in all runs."""
+
+
+@dataclass(frozen=True)
+class Names:
+    """What genes and classes are called."""
+
+    genes: tuple[str, ...]
+    classes: Mapping[str, tuple[str, ...]]
+    """By label level."""
+
+
 class Family(nn.Module, ABC):
     """An encoder, a decoder and perhaps a classifier, all on raw counts."""
 
@@ -151,6 +164,9 @@ class Family(nn.Module, ABC):
 
     average_batch: int | None = None
     """Index with which `decode` takes the average batch itself; None where expressions are averaged instead."""
+
+    is_frozen: bool = False
+    """Whether only the codes of new batches are fitted (see start.py)."""
 
     imputes: tuple[Imputed, ...] = ()
     """What `decode` gives beside expression."""
@@ -168,6 +184,17 @@ class Family(nn.Module, ABC):
     def obsm_keys(cls, hyperparameters: Hyperparameters) -> tuple[str, ...]:  # noqa: ARG003 - for families that need some
         """Keys of `obsm` that these hyper-parameters need beside the counts."""
         return ()
+
+    def axes(self, names: Names) -> dict[str, tuple[Axis, ...]] | None:  # noqa: ARG002 - for families that can
+        """What rows and columns of the tensors of `state_dict` stand for, where that depends on the data; others do not depend on them.
+
+        None for a family that cannot begin with the weights of a run of other genes, batches or classes.
+        """
+        return None
+
+    def train(self, mode: bool = True) -> Self:
+        """Training mode; a family of which only the codes of new batches are fitted stays as it is served."""
+        return super().train(mode and not self.is_frozen)
 
     @abstractmethod
     def graphs(self) -> dict[str, Graph]:
