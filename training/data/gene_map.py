@@ -44,7 +44,7 @@ def rename(cells: AnnData, known: dict[str, HgncGene]) -> AnnData:
     ids = [gene.gene_id if gene else i for gene, i in zip(found, cells.var["gene_id"], strict=True)]
     symbols = [gene.symbol if gene else s for gene, s in zip(found, cells.var["gene_symbol"], strict=True)]
     # A gene without an id stays by itself: the same symbol twice may be two genes.
-    keys = [i or f"\0{position}" for position, i in enumerate(ids)]
+    keys = [i or f"#{position}" for position, i in enumerate(ids)]
     code, _ = pd.factorize(np.array(keys, dtype=object))
     first = np.unique(code, return_index=True)[1]
     to_gene = sp.csr_matrix((np.ones(len(code), np.float32), (np.arange(len(code)), code)))

@@ -8,7 +8,7 @@ import scanpy as sc
 import scipy.sparse as sp
 
 from tests.training.tiny import tiny_cells, tiny_config
-from training.data.features import RULES, TrainingCells, select_genes
+from training.data.features import RULES, NoGenes, TrainingCells, select_genes, select_named
 from training.data.prepared import prepare
 from training.data.reference import join
 from training.data.splits import TRAIN, Split
@@ -88,3 +88,47 @@ def test_statistics_are_those_of_the_transformed_counts() -> None:
     np.testing.assert_allclose(prepared.statistics.mean, values.mean(axis=0), rtol=1e-5)
     np.testing.assert_allclose(prepared.statistics.std, values.std(axis=0), rtol=1e-4)
     assert prepared.statistics.n_cells["cell_type"].sum() == reference.n_obs
+
+
+def test_seurat_v3_rule_is_scanpys() -> None:
+    """The same genes as scanpy.pp.highly_variable_genes with batch_key."""
+    cells = training_cells()
+    obs = pd.DataFrame({"batch": pd.Categorical(cells.batch)}, index=[str(i) for i in range(300)])
+    table = ad.AnnData(cells.counts.copy(), obs=obs)
+    sc.pp.highly_variable_genes(table, n_top_genes=20, batch_key="batch", flavor="seurat_v3")
+    np.testing.assert_array_equal(select_genes(cells, "seurat_v3", 20, 0), np.flatnonzero(table.var["highly_variable"]))
+
+
+def test_variance_rule_takes_the_highest_variances() -> None:
+    """Those of numpy; and min_variance is a bound on them."""
+    cells = training_cells()
+    variance = cells.counts.toarray().astype(np.float64).var(axis=0)
+    np.testing.assert_array_equal(select_genes(cells, "variance", 30, 0), np.sort(np.argsort(-variance)[:30]))
+    bound = np.median(variance)
+    np.testing.assert_array_equal(select_genes(cells, "variance", 400, 0, bound), np.flatnonzero(variance >= bound))
+    with pytest.raises(NoGenes, match=r"genes\.min_variance"):
+        select_genes(cells, "variance", 400, 0, 1e9)
+
+
+def test_genes_by_name() -> None:
+    """By id or symbol, in the order of the data; all that are missing are named."""
+    var = tiny_cells("tiny_a").var
+    np.testing.assert_array_equal(select_named(var, ("G7", "ENSG00000000003", "G7")), [3, 7])
+    with pytest.raises(NoGenes, match=r"2 of 3 genes of genes\.names: X, Y"):
+        select_named(var, ("X", "G1", "Y"))
+    config = tiny_config(genes={"rule": "names", "names": ["G5", "G1"]})
+    reference = join({name: tiny_cells(name) for name in config.data})
+    prepared = prepare(config, reference, Split(dict.fromkeys(reference.obs_names, TRAIN)))
+    assert list(prepared.var["gene_symbol"]) == ["G1", "G5"]
+
+
+def test_genes_are_ranked_on_a_sample_of_many_cells() -> None:
+    """The sample's size has an effect, and is as good as nothing where it is large."""
+    reference = join({name: tiny_cells(name) for name in ("tiny_a", "tiny_b")})
+    split = Split(dict.fromkeys(reference.obs_names, TRAIN))
+
+    def genes(sample: int) -> list[str]:
+        config = tiny_config(genes={"rule": "log_variance", "n_genes": 20, "min_cells": 1, "sample": sample})
+        return list(prepare(config, reference, split).var.index)
+
+    assert genes(240) == genes(10**6) != genes(40)

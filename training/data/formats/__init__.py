@@ -4,6 +4,7 @@ A reader takes a path and returns AnnData with one row per cell, as the file has
 alike and checks that the values are counts.
 """
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -74,7 +75,9 @@ def read(path: Path, name: str | None = None, layer: str | None = None, backed: 
         raise UnknownFormat(f"{path}: the counts of a {name} cannot stay on disk; those of {able} can.")
     try:
         function = kind.open if backed and kind.open else kind.read
-        return function(path, layer) if kind.has_layers else function(path)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", r".*names are not unique", UserWarning)  # source.py makes them so
+            return function(path, layer) if kind.has_layers else function(path)
     except (BadFile, MemoryError):
         raise
     except Exception as error:  # whatever a library says of a broken file

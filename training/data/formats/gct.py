@@ -22,18 +22,21 @@ def read_gct(path: Path) -> ad.AnnData:
         raise BadFile(path, EXPECTED, f"{version[:40]!r} and then {' '.join(shape)[:40]!r}")
     n_genes, n_samples = int(shape[0]), int(shape[1])
     blocks, names, symbols, samples = [], [], [], []
-    for block in pd.read_csv(path, sep="\t", skiprows=2, chunksize=_ROWS, dtype={"Name": str, "Description": str}):
-        if missing := [name for name in ("Name", "Description") if name not in block]:
-            raise BadFile(path, EXPECTED, f"no column {', '.join(missing)}")
-        samples = [name for name in block.columns if name not in ("Name", "Description", "id")]
-        values = block[samples]
-        if not all(kind.kind in "iuf" for kind in values.dtypes) or values.isna().any(axis=None):
-            raise BadFile(
-                path, EXPECTED, f"no number somewhere between genes {len(names) + 1:,} and {len(names) + len(block):,}"
-            )
-        blocks.append(sp.csr_matrix(values.to_numpy(dtype=np.float32)))
-        names += block["Name"].tolist()
-        symbols += block["Description"].fillna("").tolist()
+    with pd.read_csv(path, sep="\t", skiprows=2, chunksize=_ROWS, dtype={"Name": str, "Description": str}) as reader:
+        for block in reader:
+            if missing := [name for name in ("Name", "Description") if name not in block]:
+                raise BadFile(path, EXPECTED, f"no column {', '.join(missing)}")
+            samples = [name for name in block.columns if name not in ("Name", "Description", "id")]
+            values = block[samples]
+            if not all(kind.kind in "iuf" for kind in values.dtypes) or values.isna().any(axis=None):
+                raise BadFile(
+                    path,
+                    EXPECTED,
+                    f"no number somewhere between genes {len(names) + 1:,} and {len(names) + len(block):,}",
+                )
+            blocks.append(sp.csr_matrix(values.to_numpy(dtype=np.float32)))
+            names += block["Name"].tolist()
+            symbols += block["Description"].fillna("").tolist()
     if (len(names), len(samples)) != (n_genes, n_samples):
         raise BadFile(
             path, f"{n_genes:,} genes x {n_samples:,} samples, as line 2 says", f"{len(names):,} x {len(samples):,}"

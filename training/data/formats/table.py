@@ -56,19 +56,20 @@ def _read(path: Path) -> tuple[sp.csr_matrix, list[str], list[str]]:
     if separator not in header:
         raise BadFile(path, EXPECTED, f"a first line without either: {header[:60]!r}" if header else "an empty file")
     blocks, rows, columns = [], [], []
-    reader = pd.read_csv(
+    with pd.read_csv(
         path, sep=separator, index_col=0, skiprows=int(skipped), chunksize=_ROWS, dtype={0: str}, keep_default_na=True
-    )
-    for block in reader:
-        columns = [str(name) for name in block.columns]
-        if text := [name for name, kind in zip(columns, block.dtypes, strict=True) if kind.kind not in "iuf"]:
-            value = next(v for v in block[text[0]] if not isinstance(v, int | float))
-            raise BadFile(path, EXPECTED, f"the text {str(value)[:40]!r} in column '{text[0]}'")
-        if block.isna().any(axis=None):
-            row, column = np.argwhere(block.isna().to_numpy())[0]
-            raise BadFile(path, EXPECTED, f"no number in row '{block.index[row]}', column '{columns[column]}'")
-        blocks.append(sp.csr_matrix(block.to_numpy(dtype=np.float32)))
-        rows += [str(name) for name in block.index]
+    ) as reader:
+        for block in reader:
+            columns = [str(name) for name in block.columns]
+            if text := [name for name, kind in zip(columns, block.dtypes, strict=True) if kind.kind not in "iuf"]:
+                column = block[text[0]]
+                value = column[pd.to_numeric(column, errors="coerce").isna()].iloc[0]
+                raise BadFile(path, EXPECTED, f"the text {str(value)[:40]!r} in column '{text[0]}'")
+            if block.isna().any(axis=None):
+                i, j = np.argwhere(block.isna().to_numpy())[0]
+                raise BadFile(path, EXPECTED, f"no number in row '{block.index[i]}', column '{columns[j]}'")
+            blocks.append(sp.csr_matrix(block.to_numpy(dtype=np.float32)))
+            rows += [str(name) for name in block.index]
     if not (rows and columns):
         raise BadFile(path, EXPECTED, f"{len(rows)} rows and {len(columns)} columns")
     return sp.vstack(blocks, format="csr"), rows, columns
