@@ -312,10 +312,19 @@ def load(path: Path, overrides: tuple[str, ...] = ()) -> Config:
         raise InvalidConfig(f"{path} cannot be read: {error}") from None
     if not isinstance(document, dict):
         raise InvalidConfig(f"{path} must be a mapping of settings, not {type(document).__name__}.")
-    for override in overrides:
-        key, separator, value = override.partition("=")
+    return _checked(document, overrides, str(path))
+
+
+def override(config: Config, overrides: tuple[str, ...]) -> Config:
+    """The configuration with `key.sub=value` replaced; raises as `load` does."""
+    return _checked(config.model_dump(mode="json"), overrides, config.name)
+
+
+def _checked(document: dict[str, Any], overrides: tuple[str, ...], name: str) -> Config:
+    for item in overrides:
+        key, separator, value = item.partition("=")
         if not separator:
-            raise InvalidConfig(f"'{override}' is not of the form key.sub=value.")
+            raise InvalidConfig(f"'{item}' is not of the form key.sub=value.")
         _override(document, key, value)
     try:
         return Config.model_validate(document)
@@ -324,7 +333,7 @@ def load(path: Path, overrides: tuple[str, ...] = ()) -> Config:
             f"{'.'.join(map(str, fault['loc'])) or 'config'}: {fault['msg']}"
             for fault in error.errors(include_url=False)
         ]
-        raise InvalidConfig(f"{path}: {'; '.join(faults)}") from None
+        raise InvalidConfig(f"{name}: {'; '.join(faults)}") from None
 
 
 def _override(document: dict[str, Any], key: str, value: str) -> None:

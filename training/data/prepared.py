@@ -96,7 +96,10 @@ def batch_names(config: Config, training_cells: AnnData) -> tuple[str, ...]:
 def add_labels(config: Config, reference: AnnData) -> None:
     """Write each label level that has a column of its own, or that only some data sets have, to the column of its name."""
     for level in config.labels:
-        if level.column or level.data:
+        if config.start and (level.column or level.name) not in reference.obs:
+            # A query without labels: what is known of classes comes with the weights.
+            reference.obs[level.name] = ""
+        elif level.column or level.data:
             values = column(reference, level.column or level.name)
             has_level = reference.obs["dataset"].isin(level.data or config.datasets)
             reference.obs[level.name] = values.where(has_level, "")
