@@ -64,7 +64,10 @@ def join(sets: dict[str, ad.AnnData], genes: pd.DataFrame | None = None) -> ad.A
         NoCommonGenes: nothing is left.
     """
     # A set without cells: its names count, and nothing else of it.
-    wanted = ad.AnnData(sp.csr_matrix((0, len(genes)), dtype=np.float32), var=genes) if genes is not None else None
+    wanted = None
+    if genes is not None:
+        genes = genes.set_axis(genes.index.astype(str))
+        wanted = ad.AnnData(sp.csr_matrix((0, len(genes)), dtype=np.float32), var=genes)
     id_by_symbol = _unambiguous_ids(sets | ({"": wanted} if wanted is not None else {}))
     parts, keys = [], []
     for name, cells in sets.items():
