@@ -197,6 +197,24 @@ def test_levels_of_one_name_are_told_apart(parent: tuple[run.Run, Path]) -> None
     ]
 
 
+def test_everything_at_once_is_exported_and_served(tmp_path: Path) -> None:
+    """TabNet, two batch levels, two label levels, one-hot codes: the graphs need nothing that serving does not allow."""
+    model = {"hidden": [8], "n_latent": 4, "encoder": "tabnet", "batch_code": "one_hot", "dispersion": "gene_batch"}
+    model |= {"mmd": "hierarchical", "mmd_weight": 1.0, "encode_library": True, "gate": "cell"}
+    levels = [
+        {"name": "cell_type", "classes": dict.fromkeys(TYPES)},
+        {"name": "lineage", "column": "cell_type", "classes": {"B": None, "NK": None}},
+    ]
+    wanted = config(model=model, labels=levels, batch_key=["dataset", "published_split"])
+    made = run.fit(wanted, tmp_path / "run", show_progress=False)
+    found = load(artifact.read(exporting.export(made, tmp_path / "store")), Runtime())
+
+    assert found.manifest.batch.names == ("tiny_a | train", "tiny_b | train")
+    assert [level.name for level in found.manifest.labels] == ["cell_type", "lineage"]
+    assert max(difference.absolute for difference in found.manifest.parity.outputs.values()) < 1e-3
+    np.testing.assert_allclose(found.encode(made.test_cells.X.tocsr()), encode(made, made.test_cells), atol=1e-4)
+
+
 def test_what_cannot_be_begun_with_is_refused(parent: tuple[run.Run, Path], tmp_path: Path) -> None:
     """Another family, other widths, a family that cannot, no new batch: never a tensor that is left out in silence."""
     before, directory = parent
