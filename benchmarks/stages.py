@@ -79,7 +79,7 @@ def main() -> None:
         query = prepare(model, cells)
         columns = task.run(model, query.counts, options)
 
-        head = query.head(model, task)
+        head = query.head(model, task, options)
         result["stages"][str(size)] = {
             "bytes": len(body),
             "floor_read": round(len(body) / copy_rate, 1),

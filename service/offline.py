@@ -22,6 +22,8 @@ def run_task(
     query = prepare(model, Cells(genes=tuple(genes), counts=counts, cell_ids=tuple(adata.obs_names)))
     writer = ArrowWriter()
     content = (
-        writer.start(query.head(model, task)) + writer.write(task.run(model, query.counts, chosen), None) + writer.end()
+        writer.start(query.head(model, task, chosen))
+        + writer.write(task.run(model, query.counts, chosen), None)
+        + writer.end()
     )
     return fill(adata, [read_answer(content)], source)

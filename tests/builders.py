@@ -39,8 +39,14 @@ def counts(n_cells: int, n_genes: int = N_GENES, seed: int = 0, density: float =
     return sp.csr_matrix(dense.astype(np.float32))
 
 
-def graphs(n_genes: int = N_GENES, seed: int = 0) -> dict[str, bytes]:
-    """encode, decode and classify as ONNX bytes: log1p, a linear layer and ReLU; softmax times library; softmax."""
+PROTEINS = ("CD3", "CD19")
+
+
+def graphs(n_genes: int = N_GENES, seed: int = 0, has_protein: bool = False) -> dict[str, bytes]:
+    """encode, decode and classify as ONNX bytes: log1p, a linear layer and ReLU; softmax times library; softmax.
+
+    With `has_protein` decode also gives PROTEINS, and knows the batch 2, which is the average of 0 and 1.
+    """
     random = np.random.default_rng(seed)
 
     def weight(name: str, *shape: int) -> Any:
@@ -73,6 +79,12 @@ def graphs(n_genes: int = N_GENES, seed: int = 0) -> dict[str, bytes]:
         [value("expression", "n", n_genes)],
         [weight("w", N_LATENT, n_genes), weight("offsets", 2, n_genes), numpy_helper.from_array(np.array([1]), "last")],
     )
+    if has_protein:
+        offsets = numpy_helper.to_array(decode[3][1])
+        decode[0].append(helper.make_node("MatMul", ["latent", "w_protein"], ["protein"]))
+        decode[2].append(value("protein", "n", len(PROTEINS)))
+        decode[3][1] = numpy_helper.from_array(np.vstack([offsets, offsets.mean(axis=0)]), "offsets")
+        decode[3].append(weight("w_protein", N_LATENT, len(PROTEINS)))
     classify = (
         [
             helper.make_node("Gemm", ["latent", "w"], ["logits"]),
@@ -108,11 +120,16 @@ def _tensors(infos: Any) -> list[dict[str, Any]]:
 
 
 def parts(
-    name: str = "tiny", version: str = "1", n_genes: int = N_GENES, seed: int = 0, **changes: Any
+    name: str = "tiny",
+    version: str = "1",
+    n_genes: int = N_GENES,
+    seed: int = 0,
+    has_protein: bool = False,
+    **changes: Any,
 ) -> tuple[dict[str, Any], dict[str, bytes]]:
     """The manifest as a plain document, and the contents of the files; `changes` replace members of the manifest."""
     table = gene_table(n_genes)
-    onnx_bytes = graphs(n_genes, seed)
+    onnx_bytes = graphs(n_genes, seed, has_protein)
     golden: dict[str, Any] = {"encode/counts": counts(9, n_genes, seed=1).toarray()}
     golden["encode/counts"][-1] = 0
     signature = {}

@@ -17,7 +17,7 @@ from training import config as configuration
 from training import evaluate as evaluation
 from training import export as exporting
 from training import fit as fitting
-from training import parity, run
+from training import parity, run, start, transfer, transfer_cli
 from training.data import errors as data_errors
 from training.data import reference, registry
 from training.data.readers import pbmc3k
@@ -45,6 +45,9 @@ USER_ERRORS = (
     registry.UnknownDataset,
     run.NotARun,
     run.RunExists,
+    run.TooFewGenes,
+    start.CannotStart,
+    transfer.CannotIntegrate,
 )
 """What a user can meet and mend: shown as one sentence, without a traceback."""
 
@@ -131,6 +134,9 @@ def reproduce(config: ConfigPath, store: StorePath = Path("models_store"), setti
         console.print(f"Made on: {shipped.provenance.hardware} with {shipped.provenance.packages}")
         console.print(f"Here: {again.provenance.hardware} with {again.provenance.packages}")
         raise typer.Exit(1)
+
+
+transfer_cli.register(app)
 
 
 def evaluation_table(rows: list[dict[str, Any]]) -> Table:

@@ -27,7 +27,13 @@ class Level(Strict):
     """One set of classes to tell apart."""
 
     name: str
-    """Column of `obs` that holds the classes, and the name of the classifier's output."""
+    """Of the classifier's output, and of the column of `obs` that holds the classes."""
+
+    column: str | None = None
+    """Column of `obs` that holds the classes, where it is called otherwise."""
+
+    data: tuple[str, ...] = ()
+    """Data sets whose cells have this level, so that atlases with other label sets can be trained on together; all by default."""
 
     classes: dict[str, str | None]
     """Class → Cell Ontology id, in output order. Cells of other classes are trained on without a label."""
@@ -188,11 +194,36 @@ class Export(Strict):
     min_gene_overlap: Annotated[float, Field(gt=0, le=1)] = 0.5
     """Share of the model's genes that a query must have."""
 
+    decode_default: str = "average"
+    """Batch as which cells are reconstructed unless a client asks for another: a name, or "average"."""
+
+    unseen_batch: Literal["refuse", "default"] | None = None
+    """What a client gets who asks for a batch that was not trained on: a refusal, or `decode_default` and a word of it in the answer. None:
+    default where the decoder has a code for the average batch, refuse elsewhere."""
+
     n_golden: Annotated[int, Field(gt=0)] = 16
     """Held-out cells stored with their outputs; an empty cell is added."""
 
     n_parity: Annotated[int, Field(gt=0)] = 512
     """Held-out cells on which ONNX Runtime is compared with torch in float64."""
+
+
+class Start(Strict):
+    """Begin with the weights of a finished run. What it knew of genes, batches and classes is carried over by name."""
+
+    run: str
+    """Its directory. It is needed for fitting only: what is made of it is kept in the new run."""
+
+    batches: tuple[str, ...] = ()
+    """Batches of that run, which the new model keeps; taken from it where none are given."""
+
+    keep_genes: bool = True
+    """The model takes the genes of that run; those that the data lack count zero. False: genes are chosen anew from those that the data
+    share."""
+
+    train: Literal["all", "batches"] = "all"
+    """batches: fit the codes of new batches only, so that every embedding and label stays as it is (as scArches; Lotfollahi et al. 2022,
+    doi:10.1038/s41587-021-01001-7). It needs a weight_decay of 0, which would wear off the other codes."""
 
 
 class Config(Strict):
@@ -211,8 +242,9 @@ class Config(Strict):
     data: Annotated[tuple[str | DataFile, ...], Field(min_length=1)]
     """Data sets: names of registered ones, or files."""
 
-    batch_key: str = "dataset"
-    """Column of `obs` that tells technical batches apart; by default each data set is one."""
+    batch_key: str | Annotated[tuple[str, ...], Field(min_length=1)] = "dataset"
+    """Column of `obs` that tells technical batches apart; by default each data set is one. Several columns, coarsest first, make batches
+    of several levels (study, donor): each combination that occurs is a batch, and families may treat the levels apart."""
 
     cells: CellFilter = CellFilter()
     """Which cells are used at all."""
@@ -222,6 +254,9 @@ class Config(Strict):
     summed. Human genes only."""
 
     labels: tuple[Level, ...] = ()
+    start: Start | None = None
+    """Another run to begin with."""
+
     genes: Genes = Genes()
     split: Splits = Splits()
     family: str
@@ -240,6 +275,8 @@ class Config(Strict):
         FAMILIES[self.family].defaults.model_validate(self.model)
         if repeated := [name for name in self.datasets if self.datasets.count(name) > 1]:
             raise ValueError(f"two data sets are called '{repeated[0]}'")
+        if self.start and self.start.train == "batches" and self.fit.weight_decay:
+            raise ValueError("start.train: batches needs fit.weight_decay: 0")
         if len(self.data) > 1 and (backed := [d.name for d in self.data if isinstance(d, DataFile) and d.backed]):
             raise ValueError(f"'{backed[0]}' is to stay on disk (backed), which a run of several data sets cannot do")
         return self
@@ -275,10 +312,19 @@ def load(path: Path, overrides: tuple[str, ...] = ()) -> Config:
         raise InvalidConfig(f"{path} cannot be read: {error}") from None
     if not isinstance(document, dict):
         raise InvalidConfig(f"{path} must be a mapping of settings, not {type(document).__name__}.")
-    for override in overrides:
-        key, separator, value = override.partition("=")
+    return _checked(document, overrides, str(path))
+
+
+def override(config: Config, overrides: tuple[str, ...]) -> Config:
+    """The configuration with `key.sub=value` replaced; raises as `load` does."""
+    return _checked(config.model_dump(mode="json"), overrides, config.name)
+
+
+def _checked(document: dict[str, Any], overrides: tuple[str, ...], name: str) -> Config:
+    for item in overrides:
+        key, separator, value = item.partition("=")
         if not separator:
-            raise InvalidConfig(f"'{override}' is not of the form key.sub=value.")
+            raise InvalidConfig(f"'{item}' is not of the form key.sub=value.")
         _override(document, key, value)
     try:
         return Config.model_validate(document)
@@ -287,7 +333,7 @@ def load(path: Path, overrides: tuple[str, ...] = ()) -> Config:
             f"{'.'.join(map(str, fault['loc'])) or 'config'}: {fault['msg']}"
             for fault in error.errors(include_url=False)
         ]
-        raise InvalidConfig(f"{path}: {'; '.join(faults)}") from None
+        raise InvalidConfig(f"{name}: {'; '.join(faults)}") from None
 
 
 def _override(document: dict[str, Any], key: str, value: str) -> None:

@@ -5,7 +5,7 @@ import os
 import signal
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -69,13 +69,13 @@ class Fitting(lightning.LightningModule):
         """Loss of one minibatch."""
         target = batch.counts()
         counts = corrupt(target, self.config.fit.thinning, self.config.fit.gene_dropout)
-        example = Example(counts, target, batch.batch, batch.labels, self.current_epoch)
+        example = Example(counts, target, batch.batch, batch.labels, self.current_epoch, batch.obsm)
         return self._log("train", self.family.loss(example), len(target))
 
     def validation_step(self, batch: Minibatch, batch_idx: int) -> None:  # noqa: ARG002
         """Loss of one minibatch of validation cells, uncorrupted."""
         counts = batch.counts()
-        example = Example(counts, counts, batch.batch, batch.labels, _VALIDATION_EPOCH)
+        example = Example(counts, counts, batch.batch, batch.labels, _VALIDATION_EPOCH, batch.obsm)
         self._log("validation", self.family.loss(example), len(counts))
 
     def configure_optimizers(self) -> dict[str, Any]:
@@ -123,6 +123,7 @@ def fit(
     directory: Path,
     resume: bool = False,
     show_progress: bool = True,
+    begin: Callable[[Family], None] | None = None,
 ) -> Fitted:
     """Fit until the validation loss has not improved for `patience` epochs, and return the best epoch's weights.
 
@@ -132,6 +133,7 @@ def fit(
         directory: where metrics.csv and checkpoints/ are written.
         resume: go on from the last checkpoint in `directory`, if there is one.
         show_progress: draw the bar.
+        begin: gives the random weights others, and may say which are fitted.
 
     Raises:
         DeviceUnavailable: CUDA is asked for and absent.
@@ -142,7 +144,10 @@ def fit(
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)  # below that it advertises
     accelerator = choose_accelerator(config.fit.device)
-    module = Fitting(build(config, prepared), config)
+    family = build(config, prepared)
+    if begin is not None:
+        begin(family)
+    module = Fitting(family, config)
     rows, seed = config.fit.rows, config.seed
     best = ModelCheckpoint(
         directory / CHECKPOINTS, "best", monitor="validation_loss", save_last=True, enable_version_counter=False

@@ -14,14 +14,16 @@ from service.contract.manifest import (
     Golden,
     LabelLevel,
     Manifest,
+    Modality,
     Parity,
     Provenance,
 )
 from service.inference.session import Runtime, Session
-from training import archive, parity
+from training import archive, imputation, parity
 from training.data import source
 from training.data.prepared import column
 from training.data.splits import TEST, VALIDATION
+from training.families.family import Imputed
 from training.gene_names import gene_table, has_ensembl_ids
 from training.onnx_graph import signature, to_onnx
 from training.parity import Arrays
@@ -72,18 +74,36 @@ def build(run: Run, version: str) -> tuple[Manifest, dict[str, bytes]]:
             min_gene_overlap=run.config.export.min_gene_overlap,
         ),
         graphs=signatures,
-        batch=BatchPolicy(names=run.prepared.batches),
+        batch=batch_policy(run),
         labels=tuple(
             LabelLevel(name=level.name, classes=tuple(level.classes), ontology_ids=tuple(level.classes.values()))
             for level in run.config.labels
             if "classify" in graphs
         ),
+        modalities=tuple(modality(run, found) for found in run.family.imputes),
         golden=Golden(file=GOLDEN, tolerance=golden_tolerance),
         parity=Parity(n_cells=len(inputs["counts"]), outputs=differences),
         provenance=provenance(run),
         files=artifact.describe(contents),
     )
     return manifest, contents
+
+
+def batch_policy(run: Run) -> BatchPolicy:
+    """Names of the batches, and what becomes of others."""
+    average, wanted = run.family.average_batch, run.config.export
+    unseen = wanted.unseen_batch or ("refuse" if average is None else "default")
+    return BatchPolicy(
+        names=run.prepared.batches, decode_default=wanted.decode_default, average_index=average, unseen=unseen
+    )
+
+
+def modality(run: Run, imputed: Imputed) -> Modality:
+    """What decode gives beside expression, and how well it does on held-out cells."""
+    metric, quality = imputation.score(run, imputed)
+    return Modality(
+        name=imputed.name, features=imputed.features, unit=imputed.unit, quality_metric=metric, quality=quality
+    )
 
 
 def held_out_inputs(run: Run, n_cells: int) -> Arrays:
@@ -93,8 +113,9 @@ def held_out_inputs(run: Run, n_cells: int) -> Arrays:
     cells = run.reference[chosen]
     counts = cells[:, run.prepared.var.index].X.toarray().astype(np.float32)
     names = pd.Index(run.prepared.batches)
-    # A cell of a held-out batch is decoded as one of the first: any will do to compare two runtimes.
-    batch = names.get_indexer(column(cells, run.config.batch_key)).clip(0).astype(np.int64)
+    # A cell of a held-out batch is decoded as the average, or else as one of the first: any will do to compare two runtimes.
+    batch = names.get_indexer(column(cells, run.config.batch_key)).astype(np.int64)
+    batch[batch < 0] = run.family.average_batch or 0
     return {"counts": counts, "library": counts.sum(axis=1), "batch": batch}
 
 

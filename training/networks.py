@@ -65,6 +65,19 @@ class LogNormalise(nn.Module):
         return (torch.exp(values.clamp(0.0, 20.0)) - 1.0) * (library.unsqueeze(1) / self.target_sum)
 
 
+class LogCounts(nn.Module):
+    """ln(1 + counts), without normalisation: depth stays in it."""
+
+    def __init__(self, clip: float | None) -> None:
+        super().__init__()
+        self.clip = clip
+
+    def forward(self, counts: Tensor) -> Tensor:
+        """Raw counts (n, n_genes) to the same shape, at most `clip`."""
+        values = torch.log(counts + 1.0)
+        return values if self.clip is None else values.clamp(max=self.clip)
+
+
 def class_weights(n_cells: Tensor, power: float) -> Tensor:
     """Weights by class, from the number of training cells of each: (mean number / number) ** power, 0 for an absent class."""
     present = n_cells > 0

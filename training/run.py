@@ -1,5 +1,6 @@
 """A run directory: everything that exporting, evaluating and repeating a run needs. Nothing in it is a pickle of ours."""
 
+import functools
 import io
 import json
 import os
@@ -18,12 +19,12 @@ import pandas as pd
 import torch
 from anndata import AnnData
 
-from training import archive
+from training import archive, start
 from training import config as configuration
 from training import fit as fitting
 from training.config import Config
 from training.data import source
-from training.data.prepared import Prepared, prepare, split_reference
+from training.data.prepared import Prepared, add_labels, prepare, split_reference
 from training.data.reference import load_reference
 from training.data.splits import TEST, Split
 from training.families.family import Family
@@ -35,6 +36,10 @@ _ROOT = Path(__file__).parent.parent
 
 class NotARun(Exception):
     """A directory holds no finished run."""
+
+
+class TooFewGenes(Exception):
+    """A data set lacks too many genes of the run that another begins with."""
 
 
 class RunExists(Exception):
@@ -67,17 +72,23 @@ def fit(config: Config, directory: Path, resume: bool = False, show_progress: bo
     """
     if not resume and (directory / CONFIG).exists():
         raise RunExists(f"{directory} already holds a run. Use --resume to go on with it, or another --output.")
+    parent = load(Path(config.start.run)) if config.start else None
+    if parent is not None:
+        config = start.known_batches(config, parent)
     directory.mkdir(parents=True, exist_ok=True)
     if resume and (directory / CONFIG).exists() and configuration.load(directory / CONFIG) != config:
         raise RunExists(f"{directory} holds a run of another configuration, which --resume cannot go on with.")
     (directory / CONFIG).write_text(config.dump())
     started = time.perf_counter()
-    reference = load_reference(config.data, config.cells, config.map_symbols, config.seed)
+    reference = _reference(config, parent.prepared.var if parent else None)
+    if parent is not None:
+        start.add_latent(reference, parent)
     split = split_reference(config, reference)
     (directory / SPLIT).write_text(split.dump())
     prepared = prepare(config, reference, split)
     prepared.var.to_csv(directory / GENES, sep="\t", index=False)
-    fitted = fitting.fit(config, prepared, directory, resume, show_progress)
+    begin = functools.partial(start.begin, config=config, prepared=prepared, parent=parent) if parent else None
+    fitted = fitting.fit(config, prepared, directory, resume, show_progress, begin)
     provenance = {
         **describe_environment(config.seed),
         "seconds": round(time.perf_counter() - started, 1),
@@ -104,10 +115,12 @@ def load(directory: Path) -> Run:
             f"{directory} holds no finished run: {', '.join(missing)} missing. Run `fit` with --output {directory}."
         )
     config = configuration.load(directory / CONFIG)
-    reference = load_reference(config.data, config.cells, config.map_symbols, config.seed)
+    genes = pd.read_csv(directory / GENES, sep="\t", keep_default_na=False)
+    reference = _reference(config, genes)
+    if config.start:
+        start.add_no_latent(reference, config)
     split = Split.parse((directory / SPLIT).read_text())
     prepared = prepare(config, reference, split)
-    genes = pd.read_csv(directory / GENES, sep="\t", keep_default_na=False)
     if not np.array_equal(genes.to_numpy(), prepared.var.to_numpy()):
         raise NotARun(f"{directory / GENES} lists other genes than its configuration now gives. Fit the run again.")
     family = fitting.build(config, prepared)
@@ -115,6 +128,24 @@ def load(directory: Path) -> Run:
         family.load_state_dict({name: torch.from_numpy(arrays[name]) for name in arrays.files})
     provenance = json.loads((directory / PROVENANCE).read_text())
     return Run(config, reference, split, prepared, family.eval(), provenance)
+
+
+def _reference(config: Config, genes: pd.DataFrame | None) -> AnnData:
+    """The cells of a run with their labels, over `genes` where the run keeps those of another.
+
+    Raises:
+        TooFewGenes: a set has less of them than `export.min_gene_overlap`.
+    """
+    kept = genes if config.start and config.start.keep_genes else None
+    reference = load_reference(config.data, config.cells, config.map_symbols, config.seed, kept)
+    add_labels(config, reference)
+    for name, overlap in reference.uns.get("gene_overlap", {}).items():
+        if overlap < config.export.min_gene_overlap:
+            raise TooFewGenes(
+                f"'{name}' has {overlap:.1%} of the genes of {config.start.run}, and export.min_gene_overlap is "
+                f"{config.export.min_gene_overlap:.0%}. Check that its genes are named as there, or set start.keep_genes: false."
+            )
+    return reference
 
 
 def describe_environment(seed: int) -> dict[str, Any]:

@@ -149,7 +149,7 @@ async def _stream(app: State, request: Request, work: Work, body_type: Format, a
         observe_query(work.model, query)
 
     def head(query: Query) -> dict[str, object]:
-        said = query.head(work.model, work.task, request_id.current.get())
+        said = query.head(work.model, work.task, work.options, request_id.current.get())
         # How many cells will come is not known; what their values looked like, of the first of them only.
         return {**said, "counts": {**said["counts"], "n_cells": None, "n_empty": None}}
 
@@ -189,7 +189,7 @@ async def _pieces(
 ) -> AsyncIterator[bytes]:
     """The bytes of the answer, one piece per chunk; `columns` is the first."""
     serialise_seconds, position = 0.0, 0
-    lead = writer.start(query.head(work.model, work.task, request_id.current.get()))
+    lead = writer.start(query.head(work.model, work.task, work.options, request_id.current.get()))
     while True:
         started = time.perf_counter()
         stop = position + n_cells(columns)

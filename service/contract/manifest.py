@@ -16,6 +16,9 @@ Name = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9_.-]{0,63}$")]
 Version = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$")]
 
 
+_OTHER_COLUMNS = ("expression", "is_empty")
+
+
 class Strict(BaseModel):
     """Immutable, finite, and without unknown fields."""
 
@@ -80,6 +83,12 @@ class BatchPolicy(Strict):
     decode_default: str = "average"
     """Batch for which expression is reconstructed: one of `names`, or "average" over all of them."""
 
+    average_index: Annotated[int, Field(ge=0)] | None = None
+    """Index with which `decode` takes the average batch itself; null where the average is the mean of the expressions of all `names`."""
+
+    unseen: Literal["refuse", "default"] = "refuse"
+    """What a client gets who names a batch that is not in `names`: a refusal, or `decode_default` and a word of it in the answer's head."""
+
 
 class LabelLevel(Strict):
     """One set of classes that `classify` tells apart."""
@@ -99,6 +108,35 @@ class LabelLevel(Strict):
             raise ValueError(f"{len(self.classes)} classes but {len(self.ontology_ids)} ontology ids")
         if len(set(self.classes)) != len(self.classes):
             raise ValueError("classes repeat")
+        return self
+
+
+class Modality(Strict):
+    """Something else than expression that `decode` gives for each cell, for example its surface proteins."""
+
+    name: Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9_]{0,31}$")]
+    """Of the output of `decode`, and of the column in the answer."""
+
+    features: Annotated[tuple[str, ...], Field(min_length=1)]
+    """What its values are of, in output order."""
+
+    unit: str
+    """What a value is."""
+
+    quality_metric: str = ""
+    """What `quality` measures, and on which cells."""
+
+    quality: dict[str, float] = {}
+    """By feature; a feature on which it cannot be measured is left out."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "Modality":
+        if self.name in _OTHER_COLUMNS:
+            raise ValueError(f"'{self.name}' is the name of another column of the answer")
+        if len(set(self.features)) != len(self.features):
+            raise ValueError("features repeat")
+        if unknown := sorted(set(self.quality) - set(self.features)):
+            raise ValueError(f"quality names {unknown[0]}, which is no feature")
         return self
 
 
@@ -170,6 +208,9 @@ class Manifest(Strict):
     labels: tuple[LabelLevel, ...] = ()
     """The first level is what `predicted_labels` answers."""
 
+    modalities: tuple[Modality, ...] = ()
+    """What `decode` gives beside `expression`."""
+
     calibration: dict[str, Any] = {}
     thresholds: dict[str, float] = {}
     metrics: dict[str, float] = {}
@@ -195,6 +236,11 @@ class Manifest(Strict):
             name = getattr(self.batch, key)
             if name is not None and name not in ("average", *self.batch.names):
                 raise ValueError(f"batch.{key} '{name}' is no batch of the reference")
+        decoded = {output.name: output for output in self.graphs["decode"].outputs} if "decode" in self.graphs else {}
+        for modality in self.modalities:
+            output = decoded.get(modality.name)
+            if output is None or output.shape != ("n", len(modality.features)):
+                raise ValueError(f"decode has no output {modality.name} of shape [n, {len(modality.features)}]")
         outputs = (
             {output.name: output for output in self.graphs["classify"].outputs} if "classify" in self.graphs else {}
         )

@@ -50,7 +50,13 @@ class Model:
     def decode(
         self, latent: NDArray[np.float32], library_size: NDArray[np.float32], batch: str | None = None
     ) -> NDArray[np.float32]:
-        """Expected expression.
+        """Expected counts, float32 of shape (n_cells, n_genes). Arguments as of `decode_all`."""
+        return self.decode_all(latent, library_size, batch)["expression"]
+
+    def decode_all(
+        self, latent: NDArray[np.float32], library_size: NDArray[np.float32], batch: str | None = None
+    ) -> dict[str, NDArray[np.float32]]:
+        """Everything that the decoder gives.
 
         Args:
             latent: shape (n_cells, n_latent).
@@ -58,20 +64,23 @@ class Model:
             batch: a batch of the reference, or "average" over all; None for the manifest's default.
 
         Returns:
-            Expected counts, float32 of shape (n_cells, n_genes).
+            By name, float32: `expression`, expected counts of shape (n_cells, n_genes), and the manifest's modalities.
         """
-        policy = self.manifest.batch
-        batch = batch or policy.decode_default
-        chosen = range(len(policy.names)) if batch == "average" else [policy.names.index(batch)]
-        total: NDArray[np.float32] | None = None
+        chosen = self._batch_indices(batch or self.manifest.batch.decode_default)
+        total: dict[str, NDArray[np.float32]] = {}
         for index in chosen:
             codes = np.full(len(latent), index, dtype=np.int64)
-            expression = self.sessions["decode"].run({"latent": latent, "library": library_size, "batch": codes})[
-                "expression"
-            ]
-            total = expression if total is None else total + expression
-        assert total is not None, "a manifest names at least one batch where it has a decoder"
-        return total / np.float32(len(chosen)) if len(chosen) > 1 else total
+            found = self.sessions["decode"].run({"latent": latent, "library": library_size, "batch": codes})
+            total = {name: total[name] + array for name, array in found.items()} if total else found
+        assert total, "a manifest names at least one batch where it has a decoder"
+        return {name: array / np.float32(len(chosen)) for name, array in total.items()} if len(chosen) > 1 else total
+
+    def _batch_indices(self, batch: str) -> list[int]:
+        """What the decoder is run with, and averaged over."""
+        policy = self.manifest.batch
+        if batch != "average":
+            return [policy.names.index(batch)]
+        return list(range(len(policy.names))) if policy.average_index is None else [policy.average_index]
 
     def classify(self, latent: NDArray[np.float32]) -> dict[str, NDArray[np.float32]]:
         """Class probabilities by label level, each float32 of shape (n_cells, n_classes)."""

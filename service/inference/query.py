@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from service.cells.counts import MAX_EXACT, Cells, CountsReport, check_raw
 from service.cells.genes import AlignmentReport, align
 from service.inference.model import Model
-from service.inference.task import Task
+from service.inference.task import Options, Task
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Query:
     genes_report: AlignmentReport
     counts_report: CountsReport
 
-    def head(self, model: Model, task: Task, request_id: str | None = None) -> dict[str, Any]:
+    def head(self, model: Model, task: Task, options: Options, request_id: str | None = None) -> dict[str, Any]:
         """What every answer says besides its cells."""
         return {
             "model": {"name": model.manifest.name, "version": model.manifest.version},
@@ -35,6 +35,7 @@ class Query:
             "request_id": request_id,
             "genes": self.genes_report.as_dict(),
             "counts": self.counts_report.as_dict(),
+            **options.about(model),
         }
 
 

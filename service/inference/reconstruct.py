@@ -1,5 +1,7 @@
 """reconstruct: the denoised expression of cells."""
 
+from typing import Any
+
 import numpy as np
 import scipy.sparse as sp
 from pydantic import Field
@@ -19,7 +21,8 @@ class ReconstructOptions(Options):
     )
     batch: str | None = Field(
         None,
-        description="Batch of the reference as if cells came from it, or 'average' over all of them; by default as the manifest says.",
+        description="Batch of the reference as if cells came from it, or 'average' over all of them; by default as the manifest says. "
+        "A batch that the reference does not have is refused or taken for the default, as the manifest says.",
     )
     library_size: float | None = Field(
         None,
@@ -31,9 +34,40 @@ class ReconstructOptions(Options):
     def check(self, model: Model) -> None:
         """Refuse genes and batches that the model does not have."""
         self.positions(model)
-        if self.batch not in (None, "average", *model.manifest.batch.names):
+        if model.manifest.batch.unseen == "refuse" and not self._has_batch(model):
             known = ", ".join(("average", *model.manifest.batch.names))
             raise InvalidOption(name="batch", problem=f"'{str(self.batch)[:60]}' is not one of: {known}.")
+
+    def about(self, model: Model) -> dict[str, Any]:
+        """As which batch the cells were decoded, and how good the values beside expression are."""
+        policy = model.manifest.batch
+        about: dict[str, Any] = {
+            "batch": {
+                "asked": self.batch if self.batch is None else self.batch[:60],
+                "decoded_as": self.decoded_as(model),
+                "is_known": self._has_batch(model),
+            }
+        }
+        if about["batch"]["decoded_as"] == "average":
+            about["batch"]["average_of"] = "expressions" if policy.average_index is None else "batch codes"
+        if model.manifest.modalities:
+            about["modalities"] = {
+                modality.name: {
+                    "unit": modality.unit,
+                    "is_measured": False,
+                    "quality_metric": modality.quality_metric,
+                    "quality": modality.quality,
+                }
+                for modality in model.manifest.modalities
+            }
+        return about
+
+    def decoded_as(self, model: Model) -> str:
+        """The batch that the cells are decoded as: the one asked for if the reference has it, else the manifest's default."""
+        return self.batch if self.batch is not None and self._has_batch(model) else model.manifest.batch.decode_default
+
+    def _has_batch(self, model: Model) -> bool:
+        return self.batch in (None, "average", *model.manifest.batch.names)
 
     def positions(self, model: Model) -> list[int]:
         """Positions of the genes to give."""
@@ -52,16 +86,18 @@ class ReconstructOptions(Options):
 
 
 def run(model: Model, counts: sp.csr_matrix, options: Options) -> Columns:
-    """Expected counts of shape (n_cells, n_genes asked for), float32."""
+    """Expected counts of shape (n_cells, n_genes asked for), float32, and the model's modalities."""
     assert isinstance(options, ReconstructOptions)
     positions = options.positions(model)
     own = np.asarray(counts.sum(axis=1, dtype=np.float32)).ravel()
     library_size = own if options.library_size is None else np.full(len(own), options.library_size, dtype=np.float32)
-    expression = model.decode(model.encode(counts), library_size, options.batch)
+    decoded = model.decode_all(model.encode(counts), library_size, options.decoded_as(model))
+    expression = decoded["expression"]
     if options.genes is not None:
         expression = np.ascontiguousarray(expression[:, positions])
     return {
         "expression": Vectors(expression, tuple(model.genes.display(at) for at in positions)),
+        **{modality.name: Vectors(decoded[modality.name], modality.features) for modality in model.manifest.modalities},
         "is_empty": is_empty(counts),
     }
 
@@ -71,7 +107,9 @@ TASK = Task(
     summary="The denoised expression of the cells",
     description=(
         "`expression`: expected counts per gene (the likelihood's mean, deterministic), named by gene symbol.\n\n"
-        "`is_empty`: true for a cell without a single count in the model's genes; at its own library size its expression is zero."
+        "`is_empty`: true for a cell without a single count in the model's genes; at its own library size its expression is zero.\n\n"
+        "Where the manifest names `modalities`, each is a column of its own (for example `protein`), named by its features. Such values "
+        "are imputed from the counts, never measured; the head says how good they are (`modalities`), and as which `batch` cells were decoded."
     ),
     graphs=("encode", "decode"),
     run=run,

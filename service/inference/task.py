@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import scipy.sparse as sp
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -22,6 +23,10 @@ class Options(BaseModel):
         Raises:
             InvalidOption: names the option, its value and what is allowed.
         """
+
+    def about(self, model: Model) -> dict[str, Any]:  # noqa: ARG002 - for tasks that have something to say
+        """What the head of the answer says of these options with this model."""
+        return {}
 
 
 @dataclass(frozen=True)

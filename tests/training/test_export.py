@@ -120,7 +120,8 @@ def test_the_manifest_says_where_the_model_comes_from(exported: Path, family_run
     assert manifest.provenance.seed == 0
     assert set(manifest.provenance.packages) >= {"torch", "onnxruntime", "python"}
     assert manifest.provenance.config == family_run[0].config.model_dump(mode="json")
-    assert set(manifest.parity.outputs) == {"encode/latent", "decode/expression", "classify/probabilities_cell_type"}
+    expected = {"encode/latent", "decode/expression", "classify/probabilities_cell_type"}
+    assert set(manifest.parity.outputs) == expected | {f"decode/{modality.name}" for modality in manifest.modalities}
     assert set(manifest.metrics) >= {"accuracy_held_out_tiny_a", "macro_f1_held_out_tiny_b"}
     card = artifact.read(exported).card
     assert card.startswith("# tiny@1")

@@ -48,7 +48,12 @@ def tiny_cells(name: str) -> AnnData:
     )
     gene_id = [f"ENSG{i:011d}" for i in range(N_GENES)]
     var = pd.DataFrame({"gene_id": gene_id, "gene_symbol": [f"G{i}" for i in range(N_GENES)]}, index=gene_id)
-    return AnnData(sp.csr_matrix(generator.poisson(mean * factor).astype(np.float32)), obs=obs, var=var)
+    cells = AnnData(sp.csr_matrix(generator.poisson(mean * factor).astype(np.float32)), obs=obs, var=var)
+    # One antibody per type, and the sets list them in another order.
+    antibodies = [*TYPES] if name == SETS[0] else [*reversed(TYPES)]
+    level = np.array([[20.0 if kind_name == TYPES[k] else 2.0 for kind_name in antibodies] for k in kind])
+    cells.obsm["protein_counts"] = pd.DataFrame(generator.poisson(level), index=obs.index, columns=antibodies)
+    return cells
 
 
 def register(monkeypatch: pytest.MonkeyPatch) -> None:

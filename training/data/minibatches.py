@@ -1,7 +1,7 @@
 """Cells in minibatches: counts stay sparse until a minibatch has reached the device, and the order follows from a seed."""
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 
 import numpy as np
 import scipy.sparse as sp
@@ -23,11 +23,15 @@ class Minibatch:
     labels: torch.Tensor
     """Class per label level, -1 for none, int64 (n_cells, n_levels)."""
 
+    obsm: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    """What else a family is fitted to, float32 (n_cells, n_columns), NaN where unknown."""
+
     def to(self, device: torch.device) -> "Minibatch":
         """The same cells on a device."""
         tensors = (self.rows, self.columns, self.values)
         rows, columns, values = (tensor.to(device) for tensor in tensors)
-        return Minibatch(rows, columns, values, self.shape, self.batch.to(device), self.labels.to(device))
+        obsm = {key: tensor.to(device) for key, tensor in self.obsm.items()}
+        return Minibatch(rows, columns, values, self.shape, self.batch.to(device), self.labels.to(device), obsm)
 
     def counts(self) -> torch.Tensor:
         """Raw counts, dense float32 (n_cells, n_genes)."""
@@ -43,13 +47,15 @@ class Cells:
     counts: sp.csr_matrix
     batch: NDArray[np.int64]
     labels: NDArray[np.int64]
+    obsm: Mapping[str, NDArray[np.float32]] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return self.counts.shape[0]
 
     def take(self, positions: NDArray[np.int64]) -> "Cells":
         """The cells at `positions`, in that order."""
-        return Cells(self.counts[positions], self.batch[positions], self.labels[positions])
+        obsm = {key: values[positions] for key, values in self.obsm.items()}
+        return Cells(self.counts[positions], self.batch[positions], self.labels[positions], obsm)
 
     def minibatch(self) -> Minibatch:
         """All cells as one minibatch."""
@@ -61,6 +67,7 @@ class Cells:
             shape=self.counts.shape,
             batch=torch.from_numpy(self.batch),
             labels=torch.from_numpy(self.labels),
+            obsm={key: torch.from_numpy(values) for key, values in self.obsm.items()},
         )
 
 

@@ -1,5 +1,6 @@
 """From a reference and a split to what a family is fitted on."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,7 +14,8 @@ from training.config import Config
 from training.data.features import BY_NAME, TrainingCells, select_genes, select_named
 from training.data.minibatches import Cells
 from training.data.splits import HELD_OUT, SEQUENTIAL, STRATIFIED, TRAIN, VALIDATION, Split, hold_out, split_cells
-from training.families.family import Dimensions, Statistics
+from training.families import FAMILIES
+from training.families.family import BatchLevel, Dimensions, Statistics
 
 
 @dataclass(frozen=True)
@@ -59,12 +61,20 @@ def split_reference(config: Config, reference: AnnData) -> Split:
     )
 
 
-def column(cells: AnnData, key: str) -> pd.Series:
-    """A column of `obs` as strings.
+LEVEL_SEPARATOR = " | "
+"""Between the parts of the name of a batch of several levels."""
+
+
+def column(cells: AnnData, key: str | tuple[str, ...]) -> pd.Series:
+    """A column of `obs` as strings, or several, joined by LEVEL_SEPARATOR.
 
     Raises:
         UnknownColumn: with the columns that there are.
     """
+    if isinstance(key, tuple):
+        columns = [column(cells, name) for name in key]
+        joined = [LEVEL_SEPARATOR.join(values) for values in zip(*columns, strict=True)]
+        return pd.Series(joined, index=cells.obs_names, dtype=object)
     if key not in cells.obs:
         raise UnknownColumn(
             f"The cells have no column '{key}' in obs. They have {', '.join(map(str, cells.obs.columns))}."
@@ -73,15 +83,75 @@ def column(cells: AnnData, key: str) -> pd.Series:
 
 
 def batch_names(config: Config, training_cells: AnnData) -> tuple[str, ...]:
-    """Technical batches that have training cells: data sets in the configuration's order, others by name."""
+    """Technical batches that have training cells: data sets in the configuration's order, others by name.
+
+    Those of a run that this one begins with come first, with cells or without.
+    """
     found = set(column(training_cells, config.batch_key))
-    if config.batch_key == "dataset":
-        return tuple(name for name in config.datasets if name in found)
-    return tuple(sorted(found))
+    known = config.start.batches if config.start else ()
+    names = config.datasets if config.batch_key == "dataset" else tuple(sorted(found))
+    return (*known, *(name for name in names if name in found and name not in known))
+
+
+def add_labels(config: Config, reference: AnnData) -> None:
+    """Write each label level that has a column of its own, or that only some data sets have, to the column of its name."""
+    for level in config.labels:
+        if config.start and (level.column or level.name) not in reference.obs:
+            # A query without labels: what is known of classes comes with the weights.
+            reference.obs[level.name] = ""
+        elif level.column or level.data:
+            values = column(reference, level.column or level.name)
+            has_level = reference.obs["dataset"].isin(level.data or config.datasets)
+            reference.obs[level.name] = values.where(has_level, "")
+
+
+def batch_levels(config: Config, batches: tuple[str, ...]) -> tuple[BatchLevel, ...]:
+    """The columns that the batches are combinations of, with the value that each batch has in them."""
+    if isinstance(config.batch_key, str):
+        return (BatchLevel(config.batch_key, batches, tuple(range(len(batches)))),)
+    values = list(zip(*(batch.split(LEVEL_SEPARATOR) for batch in batches), strict=True))
+    levels = []
+    for name, found in zip(config.batch_key, values, strict=True):
+        known = tuple(dict.fromkeys(found))
+        levels.append(BatchLevel(name, known, tuple(known.index(value) for value in found)))
+    return tuple(levels)
+
+
+def obsm_names(config: Config, reference: AnnData) -> dict[str, tuple[str, ...]]:
+    """Names of the columns of what the family needs beside counts, by key of `obsm`; numbers where they have none.
+
+    Raises:
+        UnknownColumn: with the keys that there are.
+    """
+    names = {}
+    for key in FAMILIES[config.family].obsm_keys(config.hyperparameters):
+        if key not in reference.obsm:
+            raise UnknownColumn(
+                f"The family {config.family} needs obsm['{key}'], which the cells do not have. They have "
+                f"{', '.join(reference.obsm) or 'none'}."
+            )
+        values = reference.obsm[key]
+        names[key] = tuple(map(str, values.columns if isinstance(values, pd.DataFrame) else range(values.shape[1])))
+    return names
+
+
+def encode_obsm(cells: AnnData, names: Mapping[str, tuple[str, ...]]) -> dict[str, NDArray[np.float32]]:
+    """What a family needs beside counts, its columns matched by name; NaN for what the cells lack."""
+    found = {}
+    for key, columns in names.items():
+        values = cells.obsm.get(key, pd.DataFrame(index=cells.obs_names))
+        if isinstance(values, pd.DataFrame):
+            values = values.rename(columns=str).reindex(columns=list(columns))
+        found[key] = np.asarray(values.toarray() if sp.issparse(values) else values, dtype=np.float32)
+    return found
 
 
 def encode_cells(
-    config: Config, cells: AnnData, genes: NDArray[np.int64], batches: tuple[str, ...] | None = None
+    config: Config,
+    cells: AnnData,
+    genes: NDArray[np.int64],
+    batches: tuple[str, ...] | None = None,
+    obsm: Mapping[str, tuple[str, ...]] | None = None,
 ) -> Cells:
     """Counts over `genes` (positions in `cells`), batches and labels as numbers.
 
@@ -91,6 +161,7 @@ def encode_cells(
         genes: positions in `cells`, in graph order.
         batches: of the model (`Prepared.batches`), None for the names of the data sets. A cell of another batch has -1 and can only be
             encoded.
+        obsm: names of columns by key of `obsm`, for what the family needs beside counts.
     """
     names = config.datasets if batches is None else batches
     batch = pd.Categorical(column(cells, config.batch_key), categories=list(names)).codes.astype(np.int64)
@@ -99,7 +170,7 @@ def encode_cells(
         for level in config.labels
     ]
     labels = np.stack(codes, axis=1) if codes else np.zeros((cells.n_obs, 0), dtype=np.int64)
-    return Cells(sp.csr_matrix(cells.X[:, genes], dtype=np.float32), batch, labels)
+    return Cells(sp.csr_matrix(cells.X[:, genes], dtype=np.float32), batch, labels, encode_obsm(cells, obsm or {}))
 
 
 def prepare(config: Config, reference: AnnData, split: Split) -> Prepared:
@@ -115,8 +186,9 @@ def prepare(config: Config, reference: AnnData, split: Split) -> Prepared:
         raise NoTrainingCells(f"The split leaves none of {reference.n_obs:,} cells to train on.")
     batches = batch_names(config, reference[positions])
     chosen = choose_genes(config, reference, positions, batches)
-    train = encode_cells(config, reference[positions], chosen, batches)
-    validation = encode_cells(config, reference[validation_positions], chosen, batches)
+    obsm = obsm_names(config, reference)
+    train = encode_cells(config, reference[positions], chosen, batches, obsm)
+    validation = encode_cells(config, reference[validation_positions], chosen, batches, obsm)
     return Prepared(
         train=train,
         validation=validation,
@@ -126,6 +198,8 @@ def prepare(config: Config, reference: AnnData, split: Split) -> Prepared:
             n_genes=len(chosen),
             n_batches=len(batches),
             n_classes={level.name: len(level.classes) for level in config.labels},
+            batch_levels=batch_levels(config, batches),
+            obsm=obsm,
         ),
         statistics=measure(config, train),
     )
@@ -136,6 +210,8 @@ def choose_genes(
 ) -> NDArray[np.int64]:
     """Positions of the model's genes, ranked on the training cells at `positions` or on a sample of them."""
     rule = config.genes
+    if config.start and config.start.keep_genes:
+        return np.arange(reference.n_vars)
     if rule.rule == BY_NAME:
         return select_named(reference.var, rule.names)
     if len(positions) > rule.sample:
@@ -157,4 +233,5 @@ def measure(config: Config, train: Cells) -> Statistics:
     for i, level in enumerate(config.labels):
         labels = train.labels[:, i]
         n_cells[level.name] = torch.from_numpy(np.bincount(labels[labels >= 0], minlength=len(level.classes))).float()
-    return Statistics(torch.from_numpy(mean).float(), torch.from_numpy(std).float(), n_cells)
+    obsm = {key: torch.from_numpy(values) for key, values in train.obsm.items()}
+    return Statistics(torch.from_numpy(mean).float(), torch.from_numpy(std).float(), n_cells, obsm)

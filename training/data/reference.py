@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import anndata as ad
 import numpy as np
 import pandas as pd
+import scipy.sparse as sp
 
 from training.config import CellFilter, DataFile
 from training.data import gene_map, source
@@ -16,7 +17,11 @@ class NoCommonGenes(Exception):
 
 
 def load_reference(
-    data: Sequence[str | DataFile], cells: CellFilter | None = None, map_symbols: bool = False, seed: int = 0
+    data: Sequence[str | DataFile],
+    cells: CellFilter | None = None,
+    map_symbols: bool = False,
+    seed: int = 0,
+    genes: pd.DataFrame | None = None,
 ) -> ad.AnnData:
     """The cells of several data sets over the genes that all of them have.
 
@@ -25,6 +30,7 @@ def load_reference(
         cells: which cells are used; None for all.
         map_symbols: give genes with a symbol only their Ensembl id (see gene_map.py).
         seed: of the draw of cells, where there is one.
+        genes: take these, with their gene_id and gene_symbol, in place of those that all sets have; what a set lacks counts zero.
 
     Returns:
         Counts CSR float32, shape (n_cells, n_common_genes), or a matrix on disk for one backed file. `obs` as the readers give it, with
@@ -45,18 +51,24 @@ def load_reference(
             keep = keep_cells(found, cells, name, seed)
             found = found[keep].copy()
         sets[name] = found
-    return join(sets)
+    return join(sets, genes)
 
 
-def join(sets: dict[str, ad.AnnData]) -> ad.AnnData:
-    """Join sets by Ensembl id; a set with symbols only takes its ids from the sets that have both.
+def join(sets: dict[str, ad.AnnData], genes: pd.DataFrame | None = None) -> ad.AnnData:
+    """Join sets by Ensembl id; a set with symbols only takes its ids from the sets that have both, or from `genes`.
 
-    A symbol that stands for two ids, or an id that occurs twice in a set, is ambiguous and left out.
+    A symbol that stands for two ids, or an id that occurs twice in a set, is ambiguous and left out. With `genes` the result has exactly
+    these, and `uns["gene_overlap"]` holds the share of them that each set has.
 
     Raises:
         NoCommonGenes: nothing is left.
     """
-    id_by_symbol = _unambiguous_ids(sets)
+    # A set without cells: its names count, and nothing else of it.
+    wanted = None
+    if genes is not None:
+        genes = genes.set_axis(genes.index.astype(str))
+        wanted = ad.AnnData(sp.csr_matrix((0, len(genes)), dtype=np.float32), var=genes)
+    id_by_symbol = _unambiguous_ids(sets | ({"": wanted} if wanted is not None else {}))
     parts, keys = [], []
     for name, cells in sets.items():
         part = cells.copy()
@@ -68,6 +80,13 @@ def join(sets: dict[str, ad.AnnData]) -> ad.AnnData:
         part.obs_names = [f"{name}/{cell}" for cell in part.obs_names]
         parts.append(part)
         keys.append(set(part.var_names))
+    if wanted is not None:
+        order = pd.Index(_keys(wanted, id_by_symbol))
+        overlap = {name: float(order.isin(part.var_names).mean()) for name, part in zip(sets, parts, strict=True)}
+        joined = ad.concat([_over(part, order) for part in parts], join="outer")
+        joined.var = genes.set_axis(order)
+        joined.uns["gene_overlap"] = overlap
+        return _without_missing(joined)
     common = [gene for gene in parts[0].var_names if all(gene in others for others in keys[1:])]
     if not common:
         raise NoCommonGenes(f"{' and '.join(sets)} have no gene in common. Check that they are of one species.")
@@ -84,6 +103,20 @@ def join(sets: dict[str, ad.AnnData]) -> ad.AnnData:
         },
         index=pd.Index(common),
     )
+    return _without_missing(joined)
+
+
+def _over(cells: ad.AnnData, genes: pd.Index) -> ad.AnnData:
+    """The cells over `genes`; those that they lack count zero."""
+    position = cells.var_names.get_indexer(genes)
+    present = np.flatnonzero(position >= 0)
+    # A column per gene that is there, put to its place by a product: sparse matrices have no cheaper way to add empty columns.
+    place = sp.csr_matrix((np.ones(len(present)), (position[present], present)), shape=(cells.n_vars, len(genes)))
+    counts = sp.csr_matrix(sp.csr_matrix(cells.X) @ place, dtype=np.float32)
+    return ad.AnnData(counts, obs=cells.obs, var=pd.DataFrame(index=genes), obsm=dict(cells.obsm))
+
+
+def _without_missing(joined: ad.AnnData) -> ad.AnnData:
     for column in ("cell_type", "published_split"):
         if column in joined.obs:
             joined.obs[column] = joined.obs[column].astype(object).where(joined.obs[column].notna(), "")

@@ -2,8 +2,8 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Annotated, ClassVar
+from dataclasses import dataclass, field
+from typing import Annotated, ClassVar, Self
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
@@ -56,6 +56,16 @@ class Hyperparameters(BaseModel):
 
 
 @dataclass(frozen=True)
+class BatchLevel:
+    """One of the columns that technical batches are told apart by, for example the study or the donor."""
+
+    name: str
+    values: tuple[str, ...]
+    codes: tuple[int, ...]
+    """For each batch the position of its value in `values`."""
+
+
+@dataclass(frozen=True)
 class Dimensions:
     """What the data prescribe."""
 
@@ -63,6 +73,12 @@ class Dimensions:
     n_batches: int
     n_classes: Mapping[str, int]
     """By label level; empty for a model without labels."""
+
+    batch_levels: tuple[BatchLevel, ...] = ()
+    """Columns that the batches are combinations of, coarsest first; one where there is one column."""
+
+    obsm: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """What else is known of each cell, by key of `obsm`: names of the columns."""
 
 
 @dataclass(frozen=True)
@@ -77,6 +93,9 @@ class Statistics:
 
     n_cells: Mapping[str, Tensor]
     """Training cells of each class, by label level, float32 (n_classes,)."""
+
+    obsm: Mapping[str, Tensor] = field(default_factory=dict)
+    """Values of the training cells by key of `obsm`, float32 (n_training_cells, n_columns), NaN where unknown."""
 
 
 @dataclass(frozen=True)
@@ -96,6 +115,20 @@ class Example:
     """int64 (n, n_levels), -1 for none."""
 
     epoch: int
+    obsm: Mapping[str, Tensor] = field(default_factory=dict)
+    """By key of `obsm`, float32 (n, n_columns); NaN where unknown."""
+
+
+@dataclass(frozen=True)
+class Imputed:
+    """Something else than expression that the graph `decode` gives, and where the measured values of training cells are."""
+
+    name: str
+    """Of the output."""
+
+    obsm_key: str
+    features: tuple[str, ...]
+    unit: str
 
 
 @dataclass(frozen=True)
@@ -107,6 +140,19 @@ class Graph:
     outputs: tuple[str, ...]
 
 
+Axis = tuple[tuple[str, ...], ...] | None
+"""For each row (or column) its kind and name: ("gene", id), ("class", level, name), ("batch", level, value). None: the same in all runs."""
+
+
+@dataclass(frozen=True)
+class Names:
+    """What genes and classes are called."""
+
+    genes: tuple[str, ...]
+    classes: Mapping[str, tuple[str, ...]]
+    """By label level."""
+
+
 class Family(nn.Module, ABC):
     """An encoder, a decoder and perhaps a classifier, all on raw counts."""
 
@@ -116,6 +162,15 @@ class Family(nn.Module, ABC):
     defaults: ClassVar[type[Hyperparameters]]
     """Its hyper-parameters with their defaults."""
 
+    average_batch: int | None = None
+    """Index with which `decode` takes the average batch itself; None where expressions are averaged instead."""
+
+    is_frozen: bool = False
+    """Whether only the codes of new batches are fitted (see start.py)."""
+
+    imputes: tuple[Imputed, ...] = ()
+    """What `decode` gives beside expression."""
+
     @abstractmethod
     def __init__(self, hyperparameters: Hyperparameters, dimensions: Dimensions, statistics: Statistics) -> None:
         """Build the module with random weights; every hyper-parameter must have an effect."""
@@ -124,6 +179,22 @@ class Family(nn.Module, ABC):
     @abstractmethod
     def loss(self, example: Example) -> dict[str, Tensor]:
         """Scalars by name: `loss` is minimised, the others are logged."""
+
+    @classmethod
+    def obsm_keys(cls, hyperparameters: Hyperparameters) -> tuple[str, ...]:  # noqa: ARG003 - for families that need some
+        """Keys of `obsm` that these hyper-parameters need beside the counts."""
+        return ()
+
+    def axes(self, names: Names) -> dict[str, tuple[Axis, ...]] | None:  # noqa: ARG002 - for families that can
+        """What rows and columns of the tensors of `state_dict` stand for, where that depends on the data; others do not depend on them.
+
+        None for a family that cannot begin with the weights of a run of other genes, batches or classes.
+        """
+        return None
+
+    def train(self, mode: bool = True) -> Self:
+        """Training mode; a family of which only the codes of new batches are fitted stays as it is served."""
+        return super().train(mode and not self.is_frozen)
 
     @abstractmethod
     def graphs(self) -> dict[str, Graph]:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from training.families import FAMILIES
-from training.families.family import Dimensions, Example, Family, Hyperparameters, Statistics
+from training.families.family import BatchLevel, Dimensions, Example, Family, Hyperparameters, Statistics
 
 N_GENES = 30
 # A base in which every hyper-parameter matters, and for each of them another value.
@@ -20,6 +20,8 @@ BASE: dict[str, Any] = {
     "clip": 2.0,
     "kl_warmup_epochs": 4,
     "class_weight_power": 0.5,
+    "constraint_weight": 1.0,
+    "mmd_weight": 1.0,
 }
 OTHER: dict[str, Any] = {
     "hidden": (12,),
@@ -41,42 +43,87 @@ OTHER: dict[str, Any] = {
     "kl_weight": 3.0,
     "kl_warmup_epochs": 2,
     "classify_draws": True,
+    "classifier_from_epoch": 3,
+    "encoder": "tabnet",
+    "tabnet_steps": 2,
+    "tabnet_gamma": 2.0,
+    "tabnet_sparsity": 1.0,
+    "normalise_input": False,
+    "encode_library": True,
+    "decode_library": False,
+    "batch_code": "one_hot",
+    "batch_width": 3,
+    "likelihood": "nb",
+    "dispersion": "gene_batch",
+    "gate": "cell",
+    "gate_weight": 3.0,
+    "mmd": "hierarchical",
+    "mmd_weight": 2.0,
+    "constraint": "normal",
+    "constraint_weight": 2.0,
+    "constraint_key": "X_other",
+    "protein_hidden": (5,),
+    "decoder_hidden": (7,),
+    "protein_key": "antibodies",
+    "protein_weight": 3.0,
+    "protein_dropout": 0.1,
 }
+WITH: dict[str, dict[str, Any]] = {
+    **{key: {"encoder": "tabnet"} for key in ("tabnet_steps", "tabnet_gamma", "tabnet_sparsity")},
+    "normalise_input": {"scale": False},
+}
+"""What a hyper-parameter needs beside it."""
 PAIRS = [(name, key) for name, family in FAMILIES.items() for key in family.defaults.model_fields]
 
 
 def build(name: str, **changes: Any) -> Family:
-    """A family with seeded weights, over 30 genes, two batches and three classes."""
+    """A family with seeded weights, over 30 genes, three batches of two levels and three classes."""
     family = FAMILIES[name]
     known = {key: value for key, value in {**BASE, **changes}.items() if key in family.defaults.model_fields}
     statistics = Statistics(
         mean=torch.linspace(0.1, 2, N_GENES),
         std=torch.linspace(0.05, 1, N_GENES),
         n_cells={"cell_type": torch.tensor([50.0, 10.0, 5.0])},
+        obsm={key: beside_counts(40)[key] for key in PROTEINS},
     )
+    hyperparameters = family.defaults(**known)
+    obsm = {**dict.fromkeys(PROTEINS, ("CD3", "CD19")), **dict.fromkeys(LATENTS, range(hyperparameters.n_latent))}
+    levels = (BatchLevel("study", ("A", "B"), (0, 0, 1)), BatchLevel("donor", ("one", "two", "three"), (0, 1, 2)))
     torch.manual_seed(0)
-    return family(family.defaults(**known), Dimensions(N_GENES, 2, {"cell_type": 3}), statistics)
+    return family(hyperparameters, Dimensions(N_GENES, 3, {"cell_type": 3}, levels, obsm), statistics)
 
 
-def example(n_cells: int = 6) -> Example:
+PROTEINS, LATENTS = ("protein_counts", "antibodies"), ("X_start", "X_other")
+
+
+def beside_counts(n_cells: int, n_latent: int = 4) -> dict[str, torch.Tensor]:
+    """Seeded values for every key of obsm that a family may need."""
+    generator = torch.Generator().manual_seed(3)
+    found = {key: torch.poisson(torch.full((n_cells, 2), 20.0), generator=generator) for key in PROTEINS}
+    return found | {key: torch.randn(n_cells, n_latent, generator=generator) for key in LATENTS}
+
+
+def example(n_cells: int = 6, n_latent: int = 4) -> Example:
     """Seeded counts; the last label is unknown."""
     counts = torch.poisson(torch.full((n_cells, N_GENES), 2.0), generator=torch.Generator().manual_seed(1))
     labels = torch.tensor([0, 1, 2, 0, 1, -1])[:n_cells, None]
-    return Example(counts, counts, torch.arange(n_cells) % 2, labels, epoch=0)
+    return Example(counts, counts, torch.arange(n_cells) % 3, labels, 0, beside_counts(n_cells, n_latent))
 
 
 def behaviour(family: Family) -> list[bytes]:
     """Loss while training and all outputs while serving, as bytes."""
     torch.manual_seed(2)
     family.train()
-    loss = family.loss(example())["loss"].detach()
+    cells = example(n_latent=family.hyperparameters.n_latent)
+    loss = family.loss(cells)["loss"].detach()
     family.eval()
-    graphs, cells = family.graphs(), example()
+    graphs = family.graphs()
     with torch.no_grad():
         latent = graphs["encode"].module(cells.counts)
-        expression = graphs["decode"].module(latent, cells.counts.sum(dim=1), cells.batch)
+        decoded = graphs["decode"].module(latent, cells.counts.sum(dim=1), cells.batch)
         probabilities = graphs["classify"].module(latent)[0]
-    return [tensor.numpy().tobytes() for tensor in (loss, latent, expression, probabilities)]
+    outputs = decoded if isinstance(decoded, tuple) else (decoded,)
+    return [tensor.numpy().tobytes() for tensor in (loss, latent, *outputs, probabilities)]
 
 
 def test_every_hyperparameter_is_tested() -> None:
@@ -87,8 +134,11 @@ def test_every_hyperparameter_is_tested() -> None:
 @pytest.mark.parametrize(("name", "key"), PAIRS)
 def test_every_hyperparameter_reaches_the_model(name: str, key: str) -> None:
     """A value other than the base's changes the loss or an output."""
-    assert behaviour(build(name, **{key: OTHER[key]})) != behaviour(build(name))
-    assert behaviour(build(name)) == behaviour(build(name))
+    base = WITH.get(key, {})
+    usual = getattr(build(name, **base).hyperparameters, key)
+    other = OTHER[key] if OTHER[key] != usual else not usual
+    assert behaviour(build(name, **{**base, key: other})) != behaviour(build(name, **base))
+    assert behaviour(build(name, **base)) == behaviour(build(name, **base))
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -117,7 +167,8 @@ def test_empty_and_huge_cells_are_finite(name: str, scale: float) -> None:
     counts = torch.ones(2, N_GENES) * scale
     with torch.no_grad():
         latent = family.graphs()["encode"].module(counts)
-        expression = family.graphs()["decode"].module(latent, counts.sum(dim=1), torch.tensor([0, 1]))
+        decoded = family.graphs()["decode"].module(latent, counts.sum(dim=1), torch.tensor([0, 1]))
+        expression = decoded[0] if isinstance(decoded, tuple) else decoded
         probabilities = family.graphs()["classify"].module(latent)[0]
     assert all(bool(tensor.isfinite().all()) for tensor in (latent, expression, probabilities))
     assert (expression >= 0).all()
@@ -129,7 +180,7 @@ def test_unlabelled_cells_teach_the_classifier_nothing(name: str) -> None:
     """With no label at all the loss is finite and the heads get no gradient."""
     family = build(name)
     cells = example()
-    unlabelled = Example(cells.counts, cells.target, cells.batch, torch.full_like(cells.labels, -1), 0)
+    unlabelled = Example(cells.counts, cells.target, cells.batch, torch.full_like(cells.labels, -1), 0, cells.obsm)
     family.loss(unlabelled)["loss"].backward()
     assert all(parameter.grad is None or not parameter.grad.any() for parameter in family.classifier.heads.parameters())
 
