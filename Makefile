@@ -10,6 +10,7 @@ VERSION ?=
 UV := .uv/bin/uv
 DEV := .venv
 BENCH := .venv-bench
+SERVERS := .venv-servers
 SERVE := $(if $(filter cuda,$(PROVIDER)),.venv-serve-cuda,.venv-serve)
 SERVE_LOCK := requirements/$(if $(filter cuda,$(PROVIDER)),serving-gpu,serving).txt
 PACKAGES := service training
@@ -44,7 +45,7 @@ TEST_IMAGE = CELLSERVE_TEST_IMAGE=$(IMAGE) CELLSERVE_TEST_ENGINE="$(ENGINE) $(EN
 SAFE_OPTIONS = --read-only --tmpfs /tmp --cap-drop ALL --security-opt no-new-privileges
 
 .PHONY: help setup setup-serve serve train evaluate export reproduce test lint bench bento image image-gpu image-bentoml run-image test-image \
-  bench-image bench-stages docs examples lock clean
+  bench-image bench-stages bench-servers docs examples lock clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -106,6 +107,9 @@ run-image:  ## run IMAGE on PORT: read-only, no capabilities
 test-image: $(DEV)/.ready  ## start IMAGE and prove it: safe options, same bits, SIGTERM, a mounted model
 	$(TEST_IMAGE) $(DEV)/bin/python -m pytest tests/container -v
 
+bench-servers: $(DEV)/.ready $(SERVE)/.ready $(SERVERS)/.ready  ## embedding beside Triton and plain BentoML with the same graph
+	CELLSERVE_TEST_SERVER_PYTHON=$(SERVE)/bin/python $(DEV)/bin/python -m benchmarks.embed_servers --triton-python $(CURDIR)/$(SERVERS)/bin/python
+
 bench-stages: $(DEV)/.ready  ## where a request's time goes, beside each stage's floor
 	$(DEV)/bin/python -m benchmarks.stages
 
@@ -126,6 +130,7 @@ lock: $(UV)  ## resolve requirements/ again
 	$(COMPILE) --extra train -c requirements/client.txt -o requirements/training.txt
 	$(COMPILE) --extra train --extra dev -c requirements/training.txt -o requirements/development.txt
 	$(COMPILE) --extra bench -o requirements/benchmark.txt
+	$(COMPILE) --extra servers -o requirements/servers.txt
 
 clean:  ## remove environments, caches and runs
 	rm -rf .venv .venv-* .uv .cache runs site dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .import_linter_cache .hypothesis
@@ -133,6 +138,11 @@ clean:  ## remove environments, caches and runs
 $(UV):
 	$(PYTHON) -m venv .uv
 	.uv/bin/python -m pip install -q --disable-pip-version-check uv==0.13.8
+
+$(SERVERS)/.ready: requirements/servers.txt | $(UV)
+	$(UV) venv -q --allow-existing --python $(PYTHON) $(@D)
+	$(UV) pip sync -q --require-hashes --python $(@D) requirements/servers.txt
+	touch $@
 
 # What the server needs is SERVE_LOCK alone; the client and the command line come with it because people try both here.
 $(SERVE)/.ready: $(SERVE_LOCK) requirements/client.txt pyproject.toml | $(UV)
