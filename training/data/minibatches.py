@@ -23,11 +23,14 @@ class Minibatch:
     labels: torch.Tensor
     """Class per label level, -1 for none, int64 (n_cells, n_levels)."""
 
+    names: NDArray[np.object_] | None = None
+    """Of the cells, for what has to be said of them."""
+
     def to(self, device: torch.device) -> "Minibatch":
         """The same cells on a device."""
         tensors = (self.rows, self.columns, self.values)
         rows, columns, values = (tensor.to(device) for tensor in tensors)
-        return Minibatch(rows, columns, values, self.shape, self.batch.to(device), self.labels.to(device))
+        return Minibatch(rows, columns, values, self.shape, self.batch.to(device), self.labels.to(device), self.names)
 
     def counts(self) -> torch.Tensor:
         """Raw counts, dense float32 (n_cells, n_genes)."""
@@ -43,13 +46,15 @@ class Cells:
     counts: sp.csr_matrix
     batch: NDArray[np.int64]
     labels: NDArray[np.int64]
+    names: NDArray[np.object_] | None = None
 
     def __len__(self) -> int:
         return self.counts.shape[0]
 
     def take(self, positions: NDArray[np.int64]) -> "Cells":
         """The cells at `positions`, in that order."""
-        return Cells(self.counts[positions], self.batch[positions], self.labels[positions])
+        names = None if self.names is None else self.names[positions]
+        return Cells(self.counts[positions], self.batch[positions], self.labels[positions], names)
 
     def minibatch(self) -> Minibatch:
         """All cells as one minibatch."""
@@ -61,6 +66,7 @@ class Cells:
             shape=self.counts.shape,
             batch=torch.from_numpy(self.batch),
             labels=torch.from_numpy(self.labels),
+            names=self.names,
         )
 
 
