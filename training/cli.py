@@ -35,6 +35,7 @@ USER_ERRORS = (
     evaluation.NoLabels,
     exporting.ArtifactTooLarge,
     fitting.DeviceUnavailable,
+    fitting.LossNotFinite,
     parity.OutsideTolerance,
     pbmc3k.CountsNotRestored,
     reference.NoCommonGenes,

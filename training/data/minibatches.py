@@ -26,12 +26,16 @@ class Minibatch:
     obsm: Mapping[str, torch.Tensor] = field(default_factory=dict)
     """What else a family is fitted to, float32 (n_cells, n_columns), NaN where unknown."""
 
+    names: NDArray[np.object_] | None = None
+    """Of the cells, for what has to be said of them."""
+
     def to(self, device: torch.device) -> "Minibatch":
         """The same cells on a device."""
         tensors = (self.rows, self.columns, self.values)
         rows, columns, values = (tensor.to(device) for tensor in tensors)
         obsm = {key: tensor.to(device) for key, tensor in self.obsm.items()}
-        return Minibatch(rows, columns, values, self.shape, self.batch.to(device), self.labels.to(device), obsm)
+        batch, labels = self.batch.to(device), self.labels.to(device)
+        return Minibatch(rows, columns, values, self.shape, batch, labels, obsm, self.names)
 
     def counts(self) -> torch.Tensor:
         """Raw counts, dense float32 (n_cells, n_genes)."""
@@ -48,6 +52,7 @@ class Cells:
     batch: NDArray[np.int64]
     labels: NDArray[np.int64]
     obsm: Mapping[str, NDArray[np.float32]] = field(default_factory=dict)
+    names: NDArray[np.object_] | None = None
 
     def __len__(self) -> int:
         return self.counts.shape[0]
@@ -55,7 +60,8 @@ class Cells:
     def take(self, positions: NDArray[np.int64]) -> "Cells":
         """The cells at `positions`, in that order."""
         obsm = {key: values[positions] for key, values in self.obsm.items()}
-        return Cells(self.counts[positions], self.batch[positions], self.labels[positions], obsm)
+        names = None if self.names is None else self.names[positions]
+        return Cells(self.counts[positions], self.batch[positions], self.labels[positions], obsm, names)
 
     def minibatch(self) -> Minibatch:
         """All cells as one minibatch."""
@@ -68,6 +74,7 @@ class Cells:
             batch=torch.from_numpy(self.batch),
             labels=torch.from_numpy(self.labels),
             obsm={key: torch.from_numpy(values) for key, values in self.obsm.items()},
+            names=self.names,
         )
 
 
