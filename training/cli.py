@@ -18,18 +18,24 @@ from training import evaluate as evaluation
 from training import export as exporting
 from training import fit as fitting
 from training import parity, run, start, transfer, transfer_cli
+from training.data import errors as data_errors
 from training.data import reference, registry
 from training.data.readers import pbmc3k
+from training.importers import command as importing
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="Train, evaluate and export reference models.")
+app.add_typer(importing.app, name="import")
 console = Console()
 
 USER_ERRORS = (
     CellserveError,
+    *importing.USER_ERRORS,
+    *data_errors.USER_ERRORS,
     configuration.InvalidConfig,
     evaluation.NoLabels,
     exporting.ArtifactTooLarge,
     fitting.DeviceUnavailable,
+    fitting.LossNotFinite,
     parity.OutsideTolerance,
     pbmc3k.CountsNotRestored,
     reference.NoCommonGenes,

@@ -28,9 +28,18 @@ METRICS = "metrics.csv"
 _VALIDATION_EPOCH = 1_000_000
 """The epoch that a validation loss is computed for: all warm-up is over, so that epochs can be compared."""
 
+LARGE_LIBRARY = 1_000_000
+"""Counts of a cell beyond which it is named as the likely cause of a loss that is not finite."""
+
 
 class DeviceUnavailable(Exception):
     """The device that was asked for is not there."""
+
+
+class LossNotFinite(Exception):
+    """Training was stopped at a loss that is NaN or infinite; `fitted` is the best model before, None in the first epoch."""
+
+    fitted: "Fitted | None" = None
 
 
 @dataclass(frozen=True)
@@ -52,6 +61,8 @@ class Fitting(lightning.LightningModule):
     def __init__(self, family: Family, config: Config) -> None:
         super().__init__()
         self.family, self.config = family, config
+        self._sums: dict[str, torch.Tensor] = {}
+        self._n_cells = 0
 
     def transfer_batch_to_device(self, batch: Minibatch, device: torch.device, dataloader_idx: int) -> Minibatch:  # noqa: ARG002
         """Move cells while they are sparse."""
@@ -60,23 +71,37 @@ class Fitting(lightning.LightningModule):
     def on_train_epoch_start(self) -> None:
         """Noise depends on the epoch and not on what came before it, so that a resumed run draws the same."""
         torch.manual_seed(self.config.seed * 1_000_003 + self.current_epoch)
+        self._sums, self._n_cells = {}, 0
 
     def on_validation_epoch_start(self) -> None:
         """All epochs are validated with the same draws."""
+        self._publish("train")
         torch.manual_seed(self.config.seed)
 
-    def training_step(self, batch: Minibatch, batch_idx: int) -> torch.Tensor:  # noqa: ARG002
+    def on_validation_epoch_end(self) -> None:
+        """Give the means to the callbacks."""
+        self._publish("validation")
+
+    def training_step(self, batch: Minibatch, batch_idx: int) -> torch.Tensor:
         """Loss of one minibatch."""
         target = batch.counts()
         counts = corrupt(target, self.config.fit.thinning, self.config.fit.gene_dropout)
         example = Example(counts, target, batch.batch, batch.labels, self.current_epoch, batch.obsm)
-        return self._log("train", self.family.loss(example), len(target))
+        losses = self.family.loss(example)
+        if not bool(torch.isfinite(losses["loss"])):
+            place = f"epoch {self.current_epoch + 1}, step {batch_idx + 1} (step {self.global_step + 1} of all)"
+            raise LossNotFinite(explain_loss(losses, batch, target, self.family, self.config, place))
+        return self._add(losses, len(target))
 
-    def validation_step(self, batch: Minibatch, batch_idx: int) -> None:  # noqa: ARG002
+    def validation_step(self, batch: Minibatch, batch_idx: int) -> None:
         """Loss of one minibatch of validation cells, uncorrupted."""
         counts = batch.counts()
         example = Example(counts, counts, batch.batch, batch.labels, _VALIDATION_EPOCH, batch.obsm)
-        self._log("validation", self.family.loss(example), len(counts))
+        losses = self.family.loss(example)
+        if not bool(torch.isfinite(losses["loss"])):
+            place = f"epoch {self.current_epoch + 1}, validation step {batch_idx + 1}"
+            raise LossNotFinite(explain_loss(losses, batch, counts, self.family, self.config, place))
+        self._add(losses, len(counts))
 
     def configure_optimizers(self) -> dict[str, Any]:
         """AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101) and the schedule of its learning rate."""
@@ -88,10 +113,61 @@ class Fitting(lightning.LightningModule):
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, fit.learning_rate, total_steps=n_steps, pct_start=0.1)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
-    def _log(self, part: str, losses: dict[str, torch.Tensor], n_cells: int) -> torch.Tensor:
-        values = {f"{part}_{name}": value.detach() for name, value in losses.items()}
-        self.log_dict(values, on_step=False, on_epoch=True, batch_size=n_cells)
+    def _add(self, losses: dict[str, torch.Tensor], n_cells: int) -> torch.Tensor:
+        # Summed here and not by `log`, which costs some milliseconds a step.
+        for name, value in losses.items():
+            self._sums[name] = self._sums.get(name, 0.0) + value.detach().float() * n_cells
+        self._n_cells += n_cells
         return losses["loss"]
+
+    def _publish(self, part: str) -> None:
+        means = {f"{part}_{name}": total / self._n_cells for name, total in self._sums.items()}
+        self._sums, self._n_cells = {}, 0
+        self.log_dict(means, on_step=False, on_epoch=True, batch_size=1, sync_dist=self.trainer.world_size > 1)
+
+
+def explain_loss(
+    losses: dict[str, torch.Tensor],
+    batch: Minibatch,
+    target: torch.Tensor,
+    family: Family,
+    config: Config,
+    place: str,
+) -> str:
+    """What is known about a loss that is not finite: where, in which part, for which cells, and the likeliest cause.
+
+    Args:
+        losses: of the step, by name.
+        batch: its cells.
+        target: their counts.
+        family: as it was before the step.
+        config: of the run.
+        place: epoch and step.
+    """
+    parts = [name for name, value in losses.items() if name != "loss" and not bool(torch.isfinite(value))]
+    spoiled = [name for name, weight in family.named_parameters() if not bool(torch.isfinite(weight).all())]
+    library = target.sum(dim=1)
+    names = list(batch.names) if batch.names is not None else []
+    if not bool(torch.isfinite(target).all()):
+        cause = "counts that are not finite"
+    elif spoiled:
+        cause = (
+            f"the weights were not finite before this step ({spoiled[0]}): the step before was too large. Lower fit.learning_rate "
+            f"({config.fit.learning_rate:g}), or set a smaller fit.gradient_clip ({config.fit.gradient_clip})"
+        )
+    elif "16" in config.fit.precision:
+        cause = f"precision {config.fit.precision} holds no larger numbers. Train with fit.precision=32-true"
+    elif float(library.max()) > LARGE_LIBRARY:
+        largest = int(library.argmax())
+        cell = f"'{names[largest]}'" if names else f"number {largest}"
+        cause = f"the cell {cell} with {float(library[largest]):,.0f} counts. Set cells.max_counts"
+    else:
+        cause = f"a learning rate that is too high ({config.fit.learning_rate:g}). Lower fit.learning_rate"
+    cells = f"'{names[0]}', '{names[1]}', … ({len(names)} cells)" if len(names) > 1 else f"{len(target)} cells"
+    return (
+        f"The loss is {float(losses['loss'].detach())} at {place}{', in ' + ' and '.join(parts) if parts else ''}. Minibatch: {cells}, "
+        f"{float(library.min()):,.0f} to {float(library.max()):,.0f} counts per cell. Likely cause: {cause}."
+    )
 
 
 def corrupt(counts: torch.Tensor, thinning: float, gene_dropout: float) -> torch.Tensor:
@@ -138,6 +214,7 @@ def fit(
     Raises:
         DeviceUnavailable: CUDA is asked for and absent.
         NoTrainingCells: there are no validation cells.
+        LossNotFinite: with the step, the cells and a likely cause; the best model so far is with it.
     """
     if not len(prepared.validation):
         raise NoTrainingCells("The split gives no validation cells. A stratum of fewer than three cells is not split.")
@@ -163,7 +240,7 @@ def fit(
         gradient_clip_val=config.fit.gradient_clip,
         callbacks=[
             best,
-            EarlyStopping("validation_loss", patience=config.fit.patience),
+            Patience("validation_loss", patience=config.fit.patience, check_finite=False),
             MetricsLog(directory / METRICS),
             interrupt,
             *bar,
@@ -180,22 +257,44 @@ def fit(
         warnings.filterwarnings("ignore", r"`isinstance\(treespec, LeafSpec\)`", FutureWarning)
         if resume:
             warnings.filterwarnings("ignore", r"Checkpoint directory .* exists and is not empty", UserWarning)
-        trainer.fit(
-            module,
-            train,
-            Minibatches(prepared.validation, rows, seed),
-            ckpt_path=last if resume and last.exists() else None,
-            weights_only=True,
-        )
-    checkpoint = torch.load(best.best_model_path, map_location="cpu", weights_only=True)
+        try:
+            trainer.fit(
+                module,
+                train,
+                Minibatches(prepared.validation, rows, seed),
+                ckpt_path=last if resume and last.exists() else None,
+                weights_only=True,
+            )
+        except LossNotFinite as error:
+            if not last.exists():
+                raise LossNotFinite(f"{error} It is the first epoch, so no model was kept.") from None
+            error.fitted = _best(module, directory, trainer.current_epoch, is_interrupted=True)
+            error.args = (f"{error} The model of epoch {error.fitted.best_epoch + 1} was kept.",)
+            raise
+    return _best(module, directory, trainer.current_epoch, interrupt.is_asked)
+
+
+def _best(module: Fitting, directory: Path, n_epochs: int, is_interrupted: bool) -> Fitted:
+    """The family with the weights of the best epoch, from its checkpoint."""
+    checkpoint = torch.load(directory / CHECKPOINTS / "best.ckpt", map_location="cpu", weights_only=True)
     module.load_state_dict(checkpoint["state_dict"])
+    state = next(state for name, state in checkpoint["callbacks"].items() if name.startswith("ModelCheckpoint"))
     return Fitted(
         family=module.family.cpu().eval(),
         best_epoch=int(checkpoint["epoch"]),
-        best_loss=float(best.best_model_score),
-        n_epochs=trainer.current_epoch,
-        is_interrupted=interrupt.is_asked,
+        best_loss=float(state["best_model_score"]),
+        n_epochs=n_epochs,
+        is_interrupted=is_interrupted,
     )
+
+
+class Patience(EarlyStopping):
+    """Early stopping that a resumed run remembers: Lightning trains one epoch more when the stop had been decided."""
+
+    def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:  # noqa: ARG002
+        """Stop at once if the checkpoint was taken when patience was over."""
+        if self.wait_count >= self.patience:
+            trainer.should_stop = True
 
 
 def choose_accelerator(device: str) -> str:

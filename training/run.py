@@ -68,6 +68,7 @@ def fit(config: Config, directory: Path, resume: bool = False, show_progress: bo
 
     Raises:
         RunExists: the directory holds a run and `resume` is false.
+        LossNotFinite: the run directory holds the best model before.
         as `registry.fetch` and `fit.fit` do.
     """
     if not resume and (directory / CONFIG).exists():
@@ -88,7 +89,12 @@ def fit(config: Config, directory: Path, resume: bool = False, show_progress: bo
     prepared = prepare(config, reference, split)
     prepared.var.to_csv(directory / GENES, sep="\t", index=False)
     begin = functools.partial(start.begin, config=config, prepared=prepared, parent=parent) if parent else None
-    fitted = fitting.fit(config, prepared, directory, resume, show_progress, begin)
+    try:
+        fitted, problem = fitting.fit(config, prepared, directory, resume, show_progress, begin), None
+    except fitting.LossNotFinite as error:
+        if error.fitted is None:
+            raise
+        fitted, problem = error.fitted, error
     provenance = {
         **describe_environment(config.seed),
         "seconds": round(time.perf_counter() - started, 1),
@@ -101,6 +107,8 @@ def fit(config: Config, directory: Path, resume: bool = False, show_progress: bo
     weights = {name: tensor.numpy() for name, tensor in fitted.family.state_dict().items()}
     (directory / WEIGHTS).write_bytes(archive.dump(weights))
     (directory / PROVENANCE).write_text(json.dumps(provenance, indent=1) + "\n")
+    if problem is not None:
+        raise problem
     return Run(config, reference, split, prepared, fitted.family, provenance)
 
 

@@ -76,6 +76,10 @@ class BatchPolicy(Strict):
     encoder_uses_batch: Literal[False] = False
     """schema_version 1 holds batch-free encoders only, so that an unseen batch needs no training."""
 
+    encoder_batch: str | None = None
+    """Batch as which every cell is encoded, where the network that was exported takes one: one of `names`, or "average" for the mean of
+    their codes. None: it takes none. The graph holds it; a client sends none."""
+
     decode_default: str = "average"
     """Batch for which expression is reconstructed: one of `names`, or "average" over all of them."""
 
@@ -228,8 +232,10 @@ class Manifest(Strict):
             raise ValueError(f"golden.tolerance must name every output and nothing else; it differs in {unlike[0]}")
         if "encode" not in self.graphs:
             raise ValueError("graphs lacks 'encode'")
-        if self.batch.decode_default not in ("average", *self.batch.names):
-            raise ValueError(f"batch.decode_default '{self.batch.decode_default}' is no batch of the reference")
+        for key in ("encoder_batch", "decode_default"):
+            name = getattr(self.batch, key)
+            if name is not None and name not in ("average", *self.batch.names):
+                raise ValueError(f"batch.{key} '{name}' is no batch of the reference")
         decoded = {output.name: output for output in self.graphs["decode"].outputs} if "decode" in self.graphs else {}
         for modality in self.modalities:
             output = decoded.get(modality.name)

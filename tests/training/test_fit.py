@@ -4,20 +4,25 @@ import csv
 import hashlib
 import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import lightning
 import numpy as np
 import pytest
 import torch
+import yaml
 
 from tests.training.tiny import SETTINGS, tiny_cells, tiny_config
 from training import fit as fitting
 from training import run
-from training.config import Config
+from training.config import Config, Fit
 from training.data.prepared import Prepared, prepare, split_reference
 from training.data.reference import load_reference
+from training.families.family import Example
+from training.families.vae import VAE
 from training.progress import MetricsLog
 
 
@@ -78,6 +83,106 @@ def test_resuming_equals_never_having_stopped(
 
     assert log("broken") == log("unbroken")
     assert [row["epoch"] for row in log("broken")] == ["0", "1", "2", "3", "4"]
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+import pytest
+from tests.training.tiny import register, tiny_config
+from training import fit as fitting
+from training import run
+from training.progress import MetricsLog
+import yaml
+
+class Kill(MetricsLog):
+    def on_train_batch_end(self, trainer, *_):
+        if trainer.current_epoch == 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+register(pytest.MonkeyPatch())
+fitting.MetricsLog = Kill
+run.fit(tiny_config(fit=yaml.safe_load(sys.argv[2])), Path(sys.argv[1]), show_progress=False)
+"""
+
+
+@pytest.mark.parametrize("schedule", get_args(Fit.model_fields["schedule"].annotation))
+def test_a_killed_process_is_resumed_to_the_same_bits(tiny_sets: None, tmp_path: Path, schedule: str) -> None:
+    """SIGKILL in the middle of the third epoch: two epochs were kept, and the run ends as if nothing had been."""
+    config = with_fit(max_epochs=5, patience=5, schedule=schedule, thinning=0.5, gene_dropout=0.1)
+    unbroken = run.fit(config, tmp_path / "unbroken", show_progress=False)
+    arguments = [str(tmp_path / "broken"), yaml.safe_dump(config.fit.model_dump(mode="json"))]
+    root = Path(fitting.__file__).parent.parent
+    killed = subprocess.run([sys.executable, "-c", KILLED, *arguments], cwd=root, capture_output=True, text=True)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr[-2000:]
+    kept = torch.load(tmp_path / "broken/checkpoints/last.ckpt", weights_only=True)
+    assert kept["epoch"] == 1
+    resumed = run.fit(config, tmp_path / "broken", resume=True, show_progress=False)
+    assert resumed.provenance["best_epoch"] == unbroken.provenance["best_epoch"]
+    assert (tmp_path / "broken/weights.npz").read_bytes() == (tmp_path / "unbroken/weights.npz").read_bytes()
+
+
+def test_resuming_what_had_stopped_early_trains_no_more(prepared: Prepared, tmp_path: Path) -> None:
+    """The stop is remembered: same number of epochs, same weights."""
+    config = with_fit(max_epochs=60, patience=1, learning_rate=0.1)
+    first = fitting.fit(config, prepared, tmp_path, show_progress=False)
+    again = fitting.fit(config, prepared, tmp_path, resume=True, show_progress=False)
+    assert (again.n_epochs, again.best_epoch, again.best_loss) == (first.n_epochs, first.best_epoch, first.best_loss)
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(again.family.state_dict().values(), first.family.state_dict().values(), strict=True)
+    )
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(
+    tiny_sets: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the step, the part, the cells and a cause; the run directory holds the best model before."""
+    loss = VAE.loss
+
+    def spoil(self: VAE, example: Example) -> dict[str, torch.Tensor]:
+        losses = loss(self, example)
+        return {
+            name: value * float("nan" if example.epoch == 2 and self.training else 1) for name, value in losses.items()
+        }
+
+    monkeypatch.setattr(VAE, "loss", spoil)
+    message = (
+        r"The loss is nan at epoch 3, step 1 .*in reconstruction.*Minibatch: 'tiny_.*/cell\d+'.*32 cells.*"
+        r"Likely cause: a learning rate.*The model of epoch [12] was kept"
+    )
+    with pytest.raises(fitting.LossNotFinite, match=message):
+        run.fit(tiny_config(), tmp_path / "run", show_progress=False)
+    assert run.load(tmp_path / "run").provenance["best_epoch"] in (0, 1)
+
+
+@pytest.mark.parametrize(
+    ("change", "spoiled", "cause"),
+    [
+        ({}, True, "the step before was too large"),
+        ({"precision": "16-mixed"}, False, "holds no larger numbers"),
+        ({}, False, "learning rate that is too high"),
+    ],
+)
+def test_the_likely_cause_is_told(prepared: Prepared, change: dict[str, Any], spoiled: bool, cause: str) -> None:
+    """From the weights, the precision and the counts."""
+    config = with_fit(**change)
+    family = fitting.build(config, prepared)
+    if spoiled:
+        next(family.parameters()).data.fill_(float("nan"))
+    batch = prepared.train.take(np.arange(5)).minibatch()
+    losses = {"loss": torch.tensor(float("inf"))}
+    assert cause in fitting.explain_loss(losses, batch, batch.counts(), family, config, "epoch 1, step 1")
+    if not (change or spoiled):
+        deep = batch.counts() * 1e6
+        told = fitting.explain_loss(losses, batch, deep, family, config, "epoch 1, step 1")
+        assert "Set cells.max_counts" in told
+
+
+def test_a_loss_that_is_not_finite_at_once_keeps_nothing(prepared: Prepared, tmp_path: Path) -> None:
+    """And says so."""
+    with pytest.raises(fitting.LossNotFinite, match="no model was kept"):
+        fitting.fit(with_fit(learning_rate=1e30, gradient_clip=None), prepared, tmp_path, show_progress=False)
 
 
 def test_two_runs_give_the_same_weights(prepared: Prepared, tmp_path: Path) -> None:
