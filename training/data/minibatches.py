@@ -23,19 +23,19 @@ class Minibatch:
     labels: torch.Tensor
     """Class per label level, -1 for none, int64 (n_cells, n_levels)."""
 
-    obsm: Mapping[str, torch.Tensor] = field(default_factory=dict)
-    """What else a family is fitted to, float32 (n_cells, n_columns), NaN where unknown."""
-
     names: NDArray[np.object_] | None = None
     """Of the cells, for what has to be said of them."""
+
+    obsm: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    """What else a family is fitted to, float32 (n_cells, n_columns), NaN where unknown."""
 
     def to(self, device: torch.device) -> "Minibatch":
         """The same cells on a device."""
         tensors = (self.rows, self.columns, self.values)
         rows, columns, values = (tensor.to(device) for tensor in tensors)
-        obsm = {key: tensor.to(device) for key, tensor in self.obsm.items()}
         batch, labels = self.batch.to(device), self.labels.to(device)
-        return Minibatch(rows, columns, values, self.shape, batch, labels, obsm, self.names)
+        obsm = {key: tensor.to(device) for key, tensor in self.obsm.items()}
+        return Minibatch(rows, columns, values, self.shape, batch, labels, self.names, obsm)
 
     def counts(self) -> torch.Tensor:
         """Raw counts, dense float32 (n_cells, n_genes)."""
@@ -51,17 +51,17 @@ class Cells:
     counts: sp.csr_matrix
     batch: NDArray[np.int64]
     labels: NDArray[np.int64]
-    obsm: Mapping[str, NDArray[np.float32]] = field(default_factory=dict)
     names: NDArray[np.object_] | None = None
+    obsm: Mapping[str, NDArray[np.float32]] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return self.counts.shape[0]
 
     def take(self, positions: NDArray[np.int64]) -> "Cells":
         """The cells at `positions`, in that order."""
-        obsm = {key: values[positions] for key, values in self.obsm.items()}
         names = None if self.names is None else self.names[positions]
-        return Cells(self.counts[positions], self.batch[positions], self.labels[positions], obsm, names)
+        obsm = {key: values[positions] for key, values in self.obsm.items()}
+        return Cells(self.counts[positions], self.batch[positions], self.labels[positions], names, obsm)
 
     def minibatch(self) -> Minibatch:
         """All cells as one minibatch."""
@@ -73,8 +73,8 @@ class Cells:
             shape=self.counts.shape,
             batch=torch.from_numpy(self.batch),
             labels=torch.from_numpy(self.labels),
-            obsm={key: torch.from_numpy(values) for key, values in self.obsm.items()},
             names=self.names,
+            obsm={key: torch.from_numpy(values) for key, values in self.obsm.items()},
         )
 
 

@@ -170,9 +170,8 @@ def encode_cells(
         for level in config.labels
     ]
     labels = np.stack(codes, axis=1) if codes else np.zeros((cells.n_obs, 0), dtype=np.int64)
-    names = cells.obs_names.to_numpy(dtype=object)
     counts = sp.csr_matrix(cells.X[:, genes], dtype=np.float32)
-    return Cells(counts, batch, labels, encode_obsm(cells, obsm or {}), names)
+    return Cells(counts, batch, labels, cells.obs_names.to_numpy(dtype=object), encode_obsm(cells, obsm or {}))
 
 
 def prepare(config: Config, reference: AnnData, split: Split) -> Prepared:
