@@ -26,6 +26,7 @@ from training.data import source
 from training.data.prepared import Prepared, prepare, split_reference
 from training.data.reference import load_reference
 from training.data.splits import TEST, Split
+from training.data.stored_cells import SCRATCH_PREFIX
 from training.families.family import Family
 
 CONFIG, SPLIT, GENES, WEIGHTS, PROVENANCE = "config.yaml", "split.json", "genes.tsv", "weights.npz", "provenance.json"
@@ -76,7 +77,9 @@ def fit(config: Config, directory: Path, resume: bool = False, show_progress: bo
     reference = load_reference(config.data, config.cells, config.map_symbols, config.seed)
     split = split_reference(config, reference)
     (directory / SPLIT).write_text(split.dump())
-    prepared = prepare(config, reference, split)
+    for left in directory.glob(f"{SCRATCH_PREFIX}*"):
+        left.unlink()  # of a run that was killed
+    prepared = prepare(config, reference, split, directory)
     prepared.var.to_csv(directory / GENES, sep="\t", index=False)
     try:
         fitted, problem = fitting.fit(config, prepared, directory, resume, show_progress), None
