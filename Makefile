@@ -71,7 +71,7 @@ export: $(DEV)/.ready  ## write RUN as a new version into models_store/
 reproduce: $(DEV)/.ready  ## train CONFIG again and compare its graphs, byte by byte, with those of models_store/
 	$(DEV)/bin/python -m training reproduce $(CONFIG)
 
-test: $(DEV)/.ready $(SERVE)/.ready  ## all tests; the served ones run against the environment without torch
+test: $(DEV)/.ready $(SERVE)/.ready $(BENCH)/.ready  ## all tests; servers run without torch, and scvi-tools in an environment of its own
 	CELLSERVE_TEST_SERVER_PYTHON=$(SERVE)/bin/python $(DEV)/bin/python -m pytest
 
 lint: $(DEV)/.ready  ## ruff, mypy in strict mode, the architecture's contracts, generated files

@@ -180,12 +180,24 @@ class Fit(Strict):
     """0: each cell is drawn once per epoch. 1: batches and classes are drawn equally often. Between: geometrically between."""
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    n_devices: Annotated[int, Field(gt=0)] = 1
+    """GPUs (or processes, on the CPU) that share each minibatch, by Lightning's DDP; `rows` must be a multiple of it."""
+
+    counts_on_device: bool = True
+    """Keep the sparse counts on a GPU that has room for them, with half of its free memory left; they never leave the CPU otherwise."""
+
     precision: Literal["32-true", "bf16-mixed", "16-mixed", "64-true"] = "32-true"
     n_threads: Annotated[int, Field(gt=0)] = 1
     """CPU threads. Another number sums in another order and gives other last bits, so it belongs to the configuration."""
 
     deterministic: bool = True
     """Use deterministic algorithms only; an operation without one is an error."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "Fit":
+        if self.rows % self.n_devices:
+            raise ValueError(f"rows ({self.rows}) is no multiple of n_devices ({self.n_devices})")
+        return self
 
 
 class Export(Strict):
@@ -275,6 +287,8 @@ class Config(Strict):
         FAMILIES[self.family].defaults.model_validate(self.model)
         if repeated := [name for name in self.datasets if self.datasets.count(name) > 1]:
             raise ValueError(f"two data sets are called '{repeated[0]}'")
+        if self.start and any(isinstance(d, DataFile) and d.backed for d in self.data):
+            raise ValueError("data that stay on disk (backed) cannot be read over the genes of another run (start)")
         if self.start and self.start.train == "batches" and self.fit.weight_decay:
             raise ValueError("start.train: batches needs fit.weight_decay: 0")
         if len(self.data) > 1 and (backed := [d.name for d in self.data if isinstance(d, DataFile) and d.backed]):

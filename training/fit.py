@@ -17,7 +17,7 @@ import torch
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 
 from training.config import Config
-from training.data.minibatches import Minibatch, Minibatches
+from training.data.minibatches import Cells, DeviceCells, Minibatch, Minibatches
 from training.data.prepared import NoTrainingCells, Prepared
 from training.families import FAMILIES
 from training.families.family import Example, Family
@@ -233,7 +233,10 @@ def fit(
     bar = [ProgressBar()] if show_progress else []
     trainer = lightning.Trainer(
         accelerator=accelerator,
-        devices=1,
+        devices=config.fit.n_devices,
+        # Processes are spawned, so that this one goes on with the result and the command is not run again in each.
+        strategy="ddp_spawn" if config.fit.n_devices > 1 else "auto",
+        use_distributed_sampler=False,
         precision=config.fit.precision,
         deterministic=config.fit.deterministic,
         max_epochs=config.fit.max_epochs,
@@ -250,7 +253,11 @@ def fit(
         enable_model_summary=False,
         num_sanity_val_steps=0,
     )
-    train = Minibatches(prepared.train, rows, seed, lambda: trainer.current_epoch, config.fit.balance)
+    progress = _Progress(trainer)
+    share = progress.share if config.fit.n_devices > 1 else None
+    device = torch.device("cuda") if accelerator == "cuda" and has_room(config, prepared) else None
+    train = Minibatches(prepared.train, rows, seed, progress.epoch, config.fit.balance, device, share)
+    validation = Minibatches(prepared.validation, rows, seed, device=device, share=share)
     last = directory / CHECKPOINTS / "last.ckpt"
     with interrupt, _threads(config.fit.n_threads), warnings.catch_warnings():
         # Lightning 2.6 looks at the leaves of torch's trees in a way that torch 2.13 has deprecated.
@@ -261,29 +268,31 @@ def fit(
             trainer.fit(
                 module,
                 train,
-                Minibatches(prepared.validation, rows, seed),
+                validation,
                 ckpt_path=last if resume and last.exists() else None,
                 weights_only=True,
             )
         except LossNotFinite as error:
             if not last.exists():
                 raise LossNotFinite(f"{error} It is the first epoch, so no model was kept.") from None
-            error.fitted = _best(module, directory, trainer.current_epoch, is_interrupted=True)
+            error.fitted = _best(module, directory, is_interrupted=True)
             error.args = (f"{error} The model of epoch {error.fitted.best_epoch + 1} was kept.",)
             raise
-    return _best(module, directory, trainer.current_epoch, interrupt.is_asked)
+    return _best(module, directory, interrupt.is_asked)
 
 
-def _best(module: Fitting, directory: Path, n_epochs: int, is_interrupted: bool) -> Fitted:
+def _best(module: Fitting, directory: Path, is_interrupted: bool) -> Fitted:
     """The family with the weights of the best epoch, from its checkpoint."""
     checkpoint = torch.load(directory / CHECKPOINTS / "best.ckpt", map_location="cpu", weights_only=True)
     module.load_state_dict(checkpoint["state_dict"])
+    # From the file and not from the trainer, which knows nothing where other processes did the work.
+    last = torch.load(directory / CHECKPOINTS / "last.ckpt", map_location="cpu", weights_only=True)
     state = next(state for name, state in checkpoint["callbacks"].items() if name.startswith("ModelCheckpoint"))
     return Fitted(
         family=module.family.cpu().eval(),
         best_epoch=int(checkpoint["epoch"]),
         best_loss=float(state["best_model_score"]),
-        n_epochs=n_epochs,
+        n_epochs=int(last["epoch"]) + 1,
         is_interrupted=is_interrupted,
     )
 
@@ -295,6 +304,30 @@ class Patience(EarlyStopping):
         """Stop at once if the checkpoint was taken when patience was over."""
         if self.wait_count >= self.patience:
             trainer.should_stop = True
+
+
+@dataclass(frozen=True)
+class _Progress:
+    """What a loader of minibatches asks the trainer; an object and not a closure, so that it can be sent to other processes."""
+
+    trainer: lightning.Trainer
+
+    def epoch(self) -> int:
+        """Number of the epoch that runs."""
+        return self.trainer.current_epoch
+
+    def share(self) -> tuple[int, int]:
+        """Number of this process, and of all."""
+        return self.trainer.global_rank, self.trainer.world_size
+
+
+def has_room(config: Config, prepared: Prepared) -> bool:
+    """Whether the counts may lie on the GPU: they are in memory, one process uses them, and they take at most half of what is free."""
+    cells = (prepared.train, prepared.validation)
+    if not config.fit.counts_on_device or config.fit.n_devices > 1 or not all(isinstance(c, Cells) for c in cells):
+        return False
+    n_free, _ = torch.cuda.mem_get_info()
+    return sum(DeviceCells.n_bytes(one) for one in cells) <= n_free // 2
 
 
 def choose_accelerator(device: str) -> str:

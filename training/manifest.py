@@ -3,7 +3,6 @@
 from typing import Any
 
 import numpy as np
-import pandas as pd
 import torch
 
 from service.contract import artifact
@@ -21,7 +20,7 @@ from service.contract.manifest import (
 from service.inference.session import Runtime, Session
 from training import archive, imputation, parity
 from training.data import source
-from training.data.prepared import column
+from training.data.prepared import encode_cells
 from training.data.splits import TEST, VALIDATION
 from training.families.family import Imputed
 from training.gene_names import gene_table, has_ensembl_ids
@@ -111,11 +110,11 @@ def held_out_inputs(run: Run, n_cells: int) -> Arrays:
     positions = run.split.positions(run.reference, TEST, VALIDATION)
     chosen = positions[np.unique(np.linspace(0, len(positions) - 1, min(n_cells, len(positions))).astype(int))]
     cells = run.reference[chosen]
-    counts = cells[:, run.prepared.var.index].X.toarray().astype(np.float32)
-    names = pd.Index(run.prepared.batches)
+    genes = cells.var_names.get_indexer(run.prepared.var.index)
+    found = encode_cells(run.config, cells, genes, run.prepared.batches)
+    counts = found.counts.toarray()
     # A cell of a held-out batch is decoded as the average, or else as one of the first: any will do to compare two runtimes.
-    batch = names.get_indexer(column(cells, run.config.batch_key)).astype(np.int64)
-    batch[batch < 0] = run.family.average_batch or 0
+    batch = np.where(found.batch < 0, run.family.average_batch or 0, found.batch)
     return {"counts": counts, "library": counts.sum(axis=1), "batch": batch}
 
 

@@ -27,6 +27,7 @@ from training.data import source
 from training.data.prepared import Prepared, add_labels, prepare, split_reference
 from training.data.reference import load_reference
 from training.data.splits import TEST, Split
+from training.data.stored_cells import SCRATCH_PREFIX
 from training.families.family import Family
 
 CONFIG, SPLIT, GENES, WEIGHTS, PROVENANCE = "config.yaml", "split.json", "genes.tsv", "weights.npz", "provenance.json"
@@ -86,7 +87,9 @@ def fit(config: Config, directory: Path, resume: bool = False, show_progress: bo
         start.add_latent(reference, parent)
     split = split_reference(config, reference)
     (directory / SPLIT).write_text(split.dump())
-    prepared = prepare(config, reference, split)
+    for left in directory.glob(f"{SCRATCH_PREFIX}*"):
+        left.unlink()  # of a run that was killed
+    prepared = prepare(config, reference, split, directory)
     prepared.var.to_csv(directory / GENES, sep="\t", index=False)
     begin = functools.partial(start.begin, config=config, prepared=prepared, parent=parent) if parent else None
     try:

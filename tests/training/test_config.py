@@ -62,7 +62,7 @@ def test_all_faults_are_named_at_once(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("family=cnn", "one of autoencoder, vae"),
+        ("family=cnn", "one of atlas_vae, autoencoder"),
         ("genes.rule=best", "one of seurat"),
         ("model.n_latents=3", "n_latents"),
         ("split.method=half", "one of stratified, random, sequential, held_out"),

@@ -219,6 +219,25 @@ def test_every_setting_of_fit_has_an_effect(prepared: Prepared, tmp_path: Path, 
     assert weights(with_fit(max_epochs=1, **change), prepared, tmp_path / "changed") != base
 
 
+def test_two_processes_train_like_one(prepared: Prepared, tmp_path: Path) -> None:
+    """DDP over two processes of the CPU: the mean of the gradients of half minibatches is that of whole ones.
+
+    The autoencoder has no noise; sums are taken in another order, so the weights agree but for rounding.
+    """
+    changes = {"max_epochs": 2, "learning_rate": 1e-3}
+    one = fitting.fit(
+        tiny_config(family="autoencoder", labels=[], fit={**SETTINGS["fit"], **changes}),
+        prepared, tmp_path / "one", show_progress=False,
+    )  # fmt: skip
+    two = fitting.fit(
+        tiny_config(family="autoencoder", labels=[], fit={**SETTINGS["fit"], **changes, "n_devices": 2}),
+        prepared, tmp_path / "two", show_progress=False,
+    )  # fmt: skip
+    assert (two.best_epoch, two.n_epochs) == (one.best_epoch, one.n_epochs)
+    for name, tensor in one.family.state_dict().items():
+        torch.testing.assert_close(two.family.state_dict()[name], tensor, rtol=1e-2, atol=1e-3)
+
+
 def test_ctrl_c_keeps_the_best_model(prepared: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The epoch that is running is finished, and the best epoch so far is returned."""
     before = signal.getsignal(signal.SIGINT)

@@ -78,6 +78,38 @@ class Cells:
         )
 
 
+class DeviceCells:
+    """Cells that lie on the device as a sparse matrix, so that a minibatch is gathered where it is used and nothing is copied."""
+
+    def __init__(self, cells: Cells, device: torch.device) -> None:
+        """Copy all of `cells` to `device`."""
+        self._start = torch.from_numpy(cells.counts.indptr.astype(np.int64)).to(device)
+        self._columns = torch.from_numpy(cells.counts.indices.astype(np.int32)).to(device)
+        self._values = torch.from_numpy(cells.counts.data.astype(np.float32)).to(device)
+        self._batch, self._labels = torch.from_numpy(cells.batch).to(device), torch.from_numpy(cells.labels).to(device)
+        self._obsm = {key: torch.from_numpy(values).to(device) for key, values in cells.obsm.items()}
+        self._cells, self._device = cells, device
+
+    @staticmethod
+    def n_bytes(cells: Cells) -> int:
+        """Memory that `cells` need on the device."""
+        obsm = sum(values.nbytes for values in cells.obsm.values())
+        return cells.counts.nnz * 8 + len(cells) * 8 * (2 + cells.labels.shape[1]) + obsm
+
+    def minibatch(self, positions: NDArray[np.int64]) -> Minibatch:
+        """The cells at `positions`, in that order."""
+        chosen = torch.from_numpy(positions).to(self._device)
+        n_values = self._start[chosen + 1] - self._start[chosen]
+        rows = torch.repeat_interleave(torch.arange(len(positions), device=self._device), n_values)
+        before = torch.cumsum(n_values, 0) - n_values
+        place = torch.arange(len(rows), device=self._device) + (self._start[chosen] - before)[rows]
+        names = None if self._cells.names is None else self._cells.names[positions]
+        shape = (len(positions), self._cells.counts.shape[1])
+        columns, values = self._columns[place].long(), self._values[place]
+        obsm = {key: held[chosen] for key, held in self._obsm.items()}
+        return Minibatch(rows, columns, values, shape, self._batch[chosen], self._labels[chosen], names, obsm)
+
+
 class Minibatches:
     """An epoch of minibatches. The order of epoch e depends on the seed and e alone, so a resumed run meets the same cells."""
 
@@ -88,6 +120,8 @@ class Minibatches:
         seed: int,
         epoch: Callable[[], int] | None = None,
         balance: float = 0.0,
+        device: torch.device | None = None,
+        share: Callable[[], tuple[int, int]] | None = None,
     ) -> None:
         """Prepare to iterate.
 
@@ -97,7 +131,11 @@ class Minibatches:
             seed: of the order.
             epoch: gives the number of the epoch that begins; None keeps the cells in their own order.
             balance: 0 draws each cell once; 1 draws every pair of batch and class equally often, with replacement.
+            device: keep all counts there; None: each minibatch is copied when it is drawn.
+            share: gives the number of this process and of all processes that share each minibatch; None for one process.
         """
+        self._on_device = None if device is None else DeviceCells(cells, device)
+        self._share = share
         self.cells, self.rows, self.seed, self.epoch = cells, rows, seed, epoch
         first = cells.labels[:, 0] if cells.labels.shape[1] else np.full(len(cells), -1)
         _, group, size = np.unique(np.stack([cells.batch, first]), axis=1, return_inverse=True, return_counts=True)
@@ -119,6 +157,8 @@ class Minibatches:
 
     def __iter__(self) -> Iterator[Minibatch]:
         order = self.order()
+        rank, n_processes = self._share() if self._share else (0, 1)
         # While training, a small remainder is left to the next epoch's order: its noisy step would weigh as much as a full one.
         for i in range(len(self)):
-            yield self.cells.take(order[i * self.rows : (i + 1) * self.rows]).minibatch()
+            positions = order[i * self.rows : (i + 1) * self.rows][rank::n_processes]
+            yield self._on_device.minibatch(positions) if self._on_device else self.cells.take(positions).minibatch()

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -14,16 +15,23 @@ from training.config import Config
 from training.data.features import BY_NAME, TrainingCells, select_genes, select_named
 from training.data.minibatches import Cells
 from training.data.splits import HELD_OUT, SEQUENTIAL, STRATIFIED, TRAIN, VALIDATION, Split, hold_out, split_cells
+from training.data.stored_cells import StoredCells, read_rows, store
 from training.families import FAMILIES
 from training.families.family import BatchLevel, Dimensions, Statistics
+
+IS_USED = "is_used"
+"""Column of `obs` of cells on disk: whether they passed the cell filter. The others have no part in a split."""
+
+_MEASURED = 65_536
+"""Cells that are measured together; of a larger number the sums depend on it in the last bit."""
 
 
 @dataclass(frozen=True)
 class Prepared:
     """Training and validation cells over the chosen genes."""
 
-    train: Cells
-    validation: Cells
+    train: Cells | StoredCells
+    validation: Cells | StoredCells
     var: pd.DataFrame
     """The chosen genes: gene_id and gene_symbol, in graph order."""
 
@@ -50,6 +58,8 @@ def split_reference(config: Config, reference: AnnData) -> Split:
         UnknownBatch: a batch that is to be held out does not occur.
     """
     wanted = config.split
+    if IS_USED in reference.obs:
+        reference = reference[reference.obs[IS_USED].to_numpy()]
     batch = column(reference, config.batch_key)
     # Rare classes must be in every part, so that a draw by batch is stratified as well.
     levels = config.labels[:1] if wanted.method in (STRATIFIED, HELD_OUT) else ()
@@ -146,6 +156,19 @@ def encode_obsm(cells: AnnData, names: Mapping[str, tuple[str, ...]]) -> dict[st
     return found
 
 
+def encode_obs(
+    config: Config, cells: AnnData, batches: tuple[str, ...] | None = None
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Batch (n_cells,) and labels (n_cells, n_levels) as numbers, -1 for what the model does not know; see `encode_cells`."""
+    names = config.datasets if batches is None else batches
+    batch = pd.Categorical(column(cells, config.batch_key), categories=list(names)).codes.astype(np.int64)
+    codes = [
+        pd.Categorical(column(cells, level.name), categories=list(level.classes)).codes.astype(np.int64)
+        for level in config.labels
+    ]
+    return batch, np.stack(codes, axis=1) if codes else np.zeros((cells.n_obs, 0), dtype=np.int64)
+
+
 def encode_cells(
     config: Config,
     cells: AnnData,
@@ -163,19 +186,19 @@ def encode_cells(
             encoded.
         obsm: names of columns by key of `obsm`, for what the family needs beside counts.
     """
-    names = config.datasets if batches is None else batches
-    batch = pd.Categorical(column(cells, config.batch_key), categories=list(names)).codes.astype(np.int64)
-    codes = [
-        pd.Categorical(column(cells, level.name), categories=list(level.classes)).codes.astype(np.int64)
-        for level in config.labels
-    ]
-    labels = np.stack(codes, axis=1) if codes else np.zeros((cells.n_obs, 0), dtype=np.int64)
+    batch, labels = encode_obs(config, cells, batches)
     counts = sp.csr_matrix(cells.X[:, genes], dtype=np.float32)
     return Cells(counts, batch, labels, cells.obs_names.to_numpy(dtype=object), encode_obsm(cells, obsm or {}))
 
 
-def prepare(config: Config, reference: AnnData, split: Split) -> Prepared:
+def prepare(config: Config, reference: AnnData, split: Split, scratch: Path | None = None) -> Prepared:
     """Choose genes from the training cells and put both parts into numbers.
+
+    Args:
+        config: what is wanted.
+        reference: the cells; where its counts lie on disk, those of the chosen genes are copied to a temporary file.
+        split: part of each cell.
+        scratch: existing directory for that file; None for the system's.
 
     Raises:
         NoTrainingCells: there are none.
@@ -188,8 +211,24 @@ def prepare(config: Config, reference: AnnData, split: Split) -> Prepared:
     batches = batch_names(config, reference[positions])
     chosen = choose_genes(config, reference, positions, batches)
     obsm = obsm_names(config, reference)
-    train = encode_cells(config, reference[positions], chosen, batches, obsm)
-    validation = encode_cells(config, reference[validation_positions], chosen, batches, obsm)
+    train: Cells | StoredCells
+    validation: Cells | StoredCells
+    if sp.issparse(reference.X):
+        train = encode_cells(config, reference[positions], chosen, batches, obsm)
+        validation = encode_cells(config, reference[validation_positions], chosen, batches, obsm)
+    else:
+        train, validation = (
+            StoredCells(
+                scratch,
+                len(chosen),
+                *encode_obs(config, part, batches),
+                part.obs_names.to_numpy(dtype=object),
+                encode_obsm(part, obsm),
+            )
+            for part in (reference[positions], reference[validation_positions])
+        )
+        parts = [(positions, train), (validation_positions, validation)]
+        store(reference.X, parts, chosen, ", ".join(config.datasets), reference.obs_names, reference.var_names)
     return Prepared(
         train=train,
         validation=validation,
@@ -217,22 +256,34 @@ def choose_genes(
         return select_named(reference.var, rule.names)
     if len(positions) > rule.sample:
         positions = np.sort(np.random.default_rng(config.seed).choice(positions, rule.sample, replace=False))
-    cells = encode_cells(config, reference[positions], np.arange(reference.n_vars), batches)
-    first = cells.labels[:, 0] if cells.labels.shape[1] else np.full(len(positions), -1)
-    found = TrainingCells(cells.counts, cells.batch, first)
-    return select_genes(found, rule.rule, rule.n_genes, rule.min_cells, rule.min_variance)
+    part = reference[positions]
+    batch, labels = encode_obs(config, part, batches)
+    named = np.flatnonzero((reference.var[["gene_id", "gene_symbol"]] != "").any(axis=1))
+    if sp.issparse(reference.X):
+        counts = sp.csr_matrix(part.X, dtype=np.float32)
+    else:
+        counts = read_rows(reference.X, positions, config.datasets[0], reference.obs_names, reference.var_names)
+    found = TrainingCells(counts[:, named], batch, labels[:, 0] if labels.shape[1] else np.full(len(positions), -1))
+    return named[select_genes(found, rule.rule, rule.n_genes, rule.min_cells, rule.min_variance)]
 
 
-def measure(config: Config, train: Cells) -> Statistics:
+def measure(config: Config, train: Cells | StoredCells) -> Statistics:
     """Mean and deviation of each gene's ln(1 + counts per target_sum), and the number of cells of each class."""
-    library = np.maximum(np.asarray(train.counts.sum(axis=1), dtype=np.float64), 1.0)
-    values = sp.csr_matrix(train.counts.multiply(config.hyperparameters.target_sum / library)).log1p()
-    mean = np.asarray(values.mean(axis=0)).ravel()
-    variance = np.asarray(values.multiply(values).mean(axis=0)).ravel() - mean**2
+    n_cells = len(train)
+    mean = square = np.float64(0.0)
+    for start in range(0, n_cells, _MEASURED):
+        counts = train.take(np.arange(start, min(start + _MEASURED, n_cells))).counts
+        library = np.maximum(np.asarray(counts.sum(axis=1), dtype=np.float64), 1.0)
+        values = sp.csr_matrix(counts.multiply(config.hyperparameters.target_sum / library)).log1p()
+        # As scipy's mean does: divided first, then summed.
+        mean = mean + np.asarray((values * (1.0 / n_cells)).sum(axis=0)).ravel()
+        square = square + np.asarray((values.multiply(values) * (1.0 / n_cells)).sum(axis=0)).ravel()
+    variance = square - mean**2
     std = np.sqrt(np.where(variance > 1e-12, variance, 1.0))
-    n_cells = {}
+    n_by_class = {}
     for i, level in enumerate(config.labels):
         labels = train.labels[:, i]
-        n_cells[level.name] = torch.from_numpy(np.bincount(labels[labels >= 0], minlength=len(level.classes))).float()
+        found = np.bincount(labels[labels >= 0], minlength=len(level.classes))
+        n_by_class[level.name] = torch.from_numpy(found).float()
     obsm = {key: torch.from_numpy(values) for key, values in train.obsm.items()}
-    return Statistics(torch.from_numpy(mean).float(), torch.from_numpy(std).float(), n_cells, obsm)
+    return Statistics(torch.from_numpy(mean).float(), torch.from_numpy(std).float(), n_by_class, obsm)

@@ -10,6 +10,7 @@ import scipy.sparse as sp
 from training.config import CellFilter, DataFile
 from training.data import gene_map, source
 from training.data.cell_filters import keep_cells
+from training.data.prepared import IS_USED
 
 
 class NoCommonGenes(Exception):
@@ -49,9 +50,36 @@ def load_reference(
             found = gene_map.map_symbols(found, name)
         if cells is not None and cells != CellFilter():
             keep = keep_cells(found, cells, name, seed)
-            found = found[keep].copy()
+            if sp.issparse(found.X):
+                found = found[keep].copy()
+            else:
+                found.obs[IS_USED] = keep
         sets[name] = found
-    return join(sets, genes)
+    (name, first), *others = sets.items()
+    return join(sets, genes) if others or sp.issparse(first.X) else on_disk(name, first)
+
+
+def on_disk(name: str, cells: ad.AnnData) -> ad.AnnData:
+    """What `join` makes of one set, with all its columns, as they cannot be taken out of a matrix on disk: ambiguous genes lose their names."""
+    key = np.where(cells.var["gene_id"] != "", cells.var["gene_id"], cells.var["gene_symbol"]).astype(object)
+    has_ids = (cells.var["gene_id"] != "").any()
+    if has_ids:
+        key = cells.var["gene_id"].to_numpy(dtype=object)
+    is_usable = (key != "") & ~pd.Series(key).duplicated(keep=False).to_numpy()
+    symbols = cells.var["gene_symbol"].where(is_usable, "")
+    var = pd.DataFrame(
+        {
+            "gene_id": cells.var["gene_id"].where(is_usable, ""),
+            "gene_symbol": symbols.mask(symbols.duplicated(keep=False), "") if has_ids else symbols,
+        }
+    )
+    var.index = [
+        gene if usable else f"unusable-{i}" for i, (gene, usable) in enumerate(zip(key, is_usable, strict=True))
+    ]
+    obs = cells.obs.copy()
+    obs["dataset"] = name
+    obs.index = [f"{name}/{cell}" for cell in obs.index]
+    return ad.AnnData(cells.X, obs=obs, var=var)
 
 
 def join(sets: dict[str, ad.AnnData], genes: pd.DataFrame | None = None) -> ad.AnnData:

@@ -2,6 +2,7 @@
 
 import numpy as np
 import scipy.sparse as sp
+import torch
 
 from training.data.minibatches import Cells, Minibatches
 
@@ -57,3 +58,28 @@ def test_balance_draws_rare_classes_as_often() -> None:
     """Five of fifty cells are of the rare class; balanced, they are half of what is drawn."""
     found = [c for epoch in range(20) for c in drawn(Minibatches(cells(), 8, 0, lambda e=epoch: e, balance=1.0))]
     assert 0.4 < np.mean(np.array(found) < 5) < 0.6
+
+
+def test_cells_on_the_device_are_the_same_cells() -> None:
+    """Gathered from a sparse matrix there, in any order, empty cells and repeated ones too; no GPU is needed to see it."""
+    everything = cells()
+    dense = everything.counts.toarray()
+    dense[3] = 0
+    everything = Cells(sp.csr_matrix(dense), everything.batch, everything.labels)
+    here = Minibatches(everything, 8, 0, lambda: 3, balance=1.0)
+    there = Minibatches(everything, 8, 0, lambda: 3, balance=1.0, device=torch.device("cpu"))
+    for one, other in zip(here, there, strict=True):
+        assert torch.equal(one.counts(), other.counts())
+        assert torch.equal(one.batch, other.batch)
+        assert torch.equal(one.labels, other.labels)
+    all_of_them = next(iter(Minibatches(everything, 50, 0, device=torch.device("cpu"))))
+    np.testing.assert_array_equal(all_of_them.counts().numpy(), everything.counts.toarray())
+
+
+def test_processes_share_a_minibatch() -> None:
+    """Together they draw what one would, each its part."""
+    whole = drawn(Minibatches(cells(), 8, 0, lambda: 0))
+    parts = [drawn(Minibatches(cells(), 8, 0, lambda: 0, share=lambda r=rank: (r, 2))) for rank in (0, 1)]
+    assert parts[0] != parts[1]
+    assert sorted(parts[0] + parts[1]) == sorted(whole)
+    assert len(parts[0]) == len(parts[1])
