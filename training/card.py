@@ -6,12 +6,8 @@ from service.contract.manifest import Manifest
 from training.data.splits import PARTS
 from training.run import Run
 
-_LIMITS = """\
-- Cells of a type that it was not trained on get the nearest of its classes. Look at `conf_score`, and at marker genes.
-- It was trained on cells of healthy donors and of one technology (10x, 3' ends, v1 chemistry). Disease, other tissues, other
-  species and full-length protocols are outside of what it was tested on.
-- CD4 and CD8 T cells differ in few genes at this depth, and sorting is not perfect either: expect most mistakes there.
-- Not a medical device. Its answers must not guide the care of patients."""
+_NOT_MEDICAL = "Not a medical device. Its answers must not guide the care of patients."
+_OF_LABELS = "Cells of a type that it was not trained on get the nearest of its classes. Look at `conf_score`, and at marker genes."
 
 
 def write(manifest: Manifest, run: Run) -> str:
@@ -25,8 +21,7 @@ def write(manifest: Manifest, run: Run) -> str:
         f"{genes.min_gene_overlap:.0%} of them must be present\n"
         f"- Graphs: {', '.join(f'`{name}`' for name in manifest.graphs)}\n"
         f"- Licence of the weights: {manifest.licence}",
-        "## Intended use\n\nEmbedding, reconstructing and annotating human cells of the kinds below, from raw counts.\n\n"
-        f"## Limits\n\n{_LIMITS}",
+        f"## Intended use\n\n{_intended_use(manifest)}\n\n## Limits\n\n{_limits(manifest, run)}",
         "## Data\n\n"
         + _table(
             ("set", "cells", "licence", "sha256"),
@@ -52,6 +47,14 @@ def write(manifest: Manifest, run: Run) -> str:
             for name, ontology_id in zip(level.classes, level.ontology_ids, strict=True)
         ]
         sections.append(f"## Labels: {level.name}\n\n" + _table(("class", "Cell Ontology", "cells"), rows))
+    for modality in manifest.modalities:
+        rows = [
+            (name, f"{modality.quality[name]:.3f}" if name in modality.quality else "") for name in modality.features
+        ]
+        sections.append(
+            f"## Imputed: {modality.name}\n\n{modality.unit}. {modality.quality_metric}.\n\n"
+            + _table(("feature", "figure"), rows)
+        )
     if manifest.metrics:
         rows = [(name, f"{value:.4f}") for name, value in manifest.metrics.items()]
         sections.append(
@@ -72,6 +75,19 @@ def write(manifest: Manifest, run: Run) -> str:
         f"{provenance.hardware['cpu']}. Configuration and package versions are in manifest.json."
     )
     return "\n\n".join(sections) + "\n"
+
+
+def _intended_use(manifest: Manifest) -> str:
+    uses = ["embedding", *(["reconstructing"] if "decode" in manifest.graphs else [])]
+    uses += ["annotating"] if manifest.labels else []
+    listed = " and ".join([", ".join(uses[:-1]), uses[-1]] if len(uses) > 1 else uses).capitalize()
+    cells = "human cells" if manifest.genes.species == "homo_sapiens" else f"cells ({manifest.genes.species})"
+    return f"{listed} {cells} of the kinds below, from raw counts."
+
+
+def _limits(manifest: Manifest, run: Run) -> str:
+    limits = [*([_OF_LABELS] if manifest.labels else []), *run.config.limits, _NOT_MEDICAL]
+    return "\n".join(f"- {limit}" for limit in limits)
 
 
 def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

@@ -250,6 +250,9 @@ class Config(Strict):
     licence: str = "Apache-2.0"
     """Of the exported weights."""
 
+    limits: tuple[str, ...] = ()
+    """What the model was not made for or does badly; sentences for the card."""
+
     species: str = "homo_sapiens"
     data: Annotated[tuple[str | DataFile, ...], Field(min_length=1)]
     """Data sets: names of registered ones, or files."""

@@ -24,6 +24,7 @@ from training.families.family import Example, Family
 from training.progress import MetricsLog, ProgressBar
 
 CHECKPOINTS = "checkpoints"
+BEST, LAST = "best", "last"
 METRICS = "metrics.csv"
 _VALIDATION_EPOCH = 1_000_000
 """The epoch that a validation loss is computed for: all warm-up is over, so that epochs can be compared."""
@@ -226,9 +227,10 @@ def fit(
         begin(family)
     module = Fitting(family, config)
     rows, seed = config.fit.rows, config.seed
-    best = ModelCheckpoint(
-        directory / CHECKPOINTS, "best", monitor="validation_loss", save_last=True, enable_version_counter=False
-    )
+    folder = directory / CHECKPOINTS
+    best = ModelCheckpoint(folder, BEST, monitor="validation_loss", enable_version_counter=False)
+    # One of its own: `save_last` of the one above writes only when the best is written, and a kill would lose more epochs.
+    latest = ModelCheckpoint(folder, LAST, enable_version_counter=False)
     interrupt = _Interrupt()
     bar = [ProgressBar()] if show_progress else []
     trainer = lightning.Trainer(
@@ -243,6 +245,7 @@ def fit(
         gradient_clip_val=config.fit.gradient_clip,
         callbacks=[
             best,
+            latest,
             Patience("validation_loss", patience=config.fit.patience, check_finite=False),
             MetricsLog(directory / METRICS),
             interrupt,
@@ -258,7 +261,7 @@ def fit(
     device = torch.device("cuda") if accelerator == "cuda" and has_room(config, prepared) else None
     train = Minibatches(prepared.train, rows, seed, progress.epoch, config.fit.balance, device, share)
     validation = Minibatches(prepared.validation, rows, seed, device=device, share=share)
-    last = directory / CHECKPOINTS / "last.ckpt"
+    last = folder / f"{LAST}.ckpt"
     with interrupt, _threads(config.fit.n_threads), warnings.catch_warnings():
         # Lightning 2.6 looks at the leaves of torch's trees in a way that torch 2.13 has deprecated.
         warnings.filterwarnings("ignore", r"`isinstance\(treespec, LeafSpec\)`", FutureWarning)
@@ -283,11 +286,12 @@ def fit(
 
 def _best(module: Fitting, directory: Path, is_interrupted: bool) -> Fitted:
     """The family with the weights of the best epoch, from its checkpoint."""
-    checkpoint = torch.load(directory / CHECKPOINTS / "best.ckpt", map_location="cpu", weights_only=True)
+    checkpoint = torch.load(directory / CHECKPOINTS / f"{BEST}.ckpt", map_location="cpu", weights_only=True)
     module.load_state_dict(checkpoint["state_dict"])
     # From the file and not from the trainer, which knows nothing where other processes did the work.
-    last = torch.load(directory / CHECKPOINTS / "last.ckpt", map_location="cpu", weights_only=True)
-    state = next(state for name, state in checkpoint["callbacks"].items() if name.startswith("ModelCheckpoint"))
+    last = torch.load(directory / CHECKPOINTS / f"{LAST}.ckpt", map_location="cpu", weights_only=True)
+    states = checkpoint["callbacks"].values()
+    state = next(state for state in states if state.get("monitor") and "best_model_score" in state)
     return Fitted(
         family=module.family.cpu().eval(),
         best_epoch=int(checkpoint["epoch"]),

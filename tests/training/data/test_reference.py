@@ -71,3 +71,19 @@ def test_the_blood_reference() -> None:
     assert joined.var["gene_id"].str.fullmatch(r"ENSG\d{11}").all()
     assert joined.obs["cell_type"].nunique() == 8
     assert joined.var.loc[joined.var["gene_symbol"] == "CD3D", "gene_id"].tolist() == ["ENSG00000167286"]
+
+
+def test_genes_can_be_prescribed() -> None:
+    """The result has exactly these, in their order; what a set lacks counts zero, and its share is said; symbols take their ids."""
+    genes = pd.DataFrame({"gene_id": ["E9", "E2", "E1"], "gene_symbol": ["GZMB", "MS4A1", "CD3D"]})
+    sets = {
+        "a": cells([("E1", "CD3D"), ("E2", "MS4A1"), ("E3", "NKG7")], [1, 2, 3]),
+        "b": cells([("", "NKG7"), ("", "CD3D"), ("", "GZMB")], [30, 10, 99]),
+        "c": cells([("E3", "NKG7")], [5]),
+    }
+    sets["a"].obsm["protein_counts"] = pd.DataFrame({"CD3": [7.0]}, index=["cell"])
+    joined = reference.join(sets, genes)
+    assert list(joined.var["gene_id"]) == ["E9", "E2", "E1"]
+    np.testing.assert_array_equal(joined.X.toarray(), [[0, 2, 1], [99, 0, 10], [0, 0, 0]])
+    assert joined.uns["gene_overlap"] == {"a": 2 / 3, "b": 2 / 3, "c": 0.0}
+    assert joined.obsm["protein_counts"]["CD3"].isna().tolist() == [False, True, True]
