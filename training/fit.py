@@ -334,6 +334,13 @@ def has_room(config: Config, prepared: Prepared) -> bool:
     return sum(DeviceCells.n_bytes(one) for one in cells) <= n_free // 2
 
 
+def examples(config: Config, cells: Cells) -> Iterator[Example]:
+    """The cells in their own order, uncorrupted, in the minibatches of a fit."""
+    for batch in Minibatches(cells, config.fit.rows, config.seed):
+        counts = batch.counts()
+        yield Example(counts, counts, batch.batch, batch.labels, _VALIDATION_EPOCH, batch.obsm)
+
+
 def choose_accelerator(device: str) -> str:
     """Lightning's name for `device`; "auto" is CUDA where it works, else the CPU.
 
