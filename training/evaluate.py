@@ -146,9 +146,11 @@ def trained(family: Family) -> Predict:
     graphs = family.eval().graphs()
 
     def predict(counts: sp.csr_matrix) -> Labels:
+        known = {"counts": torch.from_numpy(counts.toarray())}
         with torch.no_grad():
-            latent = graphs["encode"].module(torch.from_numpy(counts.toarray()))
-            return graphs["classify"].module(latent)[0].argmax(dim=1).numpy()
+            known["latent"] = graphs["encode"].module(known["counts"])
+            classify = graphs["classify"]
+            return classify.module(*(known[name] for name in classify.inputs))[0].argmax(dim=1).numpy()
 
     return predict
 

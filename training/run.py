@@ -98,7 +98,6 @@ def fit(config: Config, directory: Path, resume: bool = False, show_progress: bo
         if error.fitted is None:
             raise
         fitted, problem = error.fitted, error
-    fitted.family.conclude(fitting.examples(config, prepared.train))
     provenance = {
         **describe_environment(config.seed),
         "seconds": round(time.perf_counter() - started, 1),

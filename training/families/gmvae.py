@@ -91,6 +91,10 @@ class GMVAE(ObservingFamily):
         hp = self.hyperparameters = hyperparameters
         self.dimensions = dimensions
         n_clusters = self.n_clusters = _n_clusters(hp, dimensions)
+        if CLUSTER in dimensions.n_classes:
+            raise ValueError(
+                f"A label level cannot be called '{CLUSTER}': gmvae has one of that name. Rename the column."
+            )
         self.own_levels = {CLUSTER: tuple(str(k) for k in range(n_clusters))}
         self.transform = input_transform(hp, statistics)
         self.input_dropout = nn.Dropout(hp.input_dropout)
@@ -139,7 +143,7 @@ class GMVAE(ObservingFamily):
         scale = self._scale(self.to_scale(features)).view(n, k, *self._scale_shape)
         noise = torch.randn_like(mean)
         latent = mean + (scale * noise if hp.covariance == "diagonal" else (scale @ noise.unsqueeze(3)).squeeze(3))
-        reconstruction = (q * self._reconstruction(latent.flatten(0, 1), example).view(n, k)).sum(dim=1).mean()
+        reconstruction = (q * self._reconstruction(latent, example)).sum(dim=1).mean()
         of_latent = (q * _divergence(mean, scale, self.prior_mean, self._scale(self.prior_scale))).sum(dim=1).mean()
         log_prior = torch.log_softmax(self.prior_logits, dim=0)
         of_cluster = (q * (log_q - log_prior)).sum(dim=1).mean()
@@ -220,10 +224,12 @@ class GMVAE(ObservingFamily):
         return torch.tril(triangle, -1) + torch.diag_embed(_positive(torch.diagonal(triangle, dim1=-2, dim2=-1)))
 
     def _reconstruction(self, latent: Tensor, example: Example) -> Tensor:
-        """Negative log-likelihood (n · n_clusters,) of each cell in each component."""
-        batch = example.batch.repeat_interleave(self.n_clusters)
-        coded = latent if self.batch_code is None else self.batch_code.known_or_average(latent, batch)
-        return self.reconstruction(self.decoder(coded), example.target.repeat_interleave(self.n_clusters, dim=0), batch)
+        """Negative log-likelihood (n, n_clusters) of each cell for its latents (n, n_clusters, n_latent)."""
+        batch = example.batch.repeat(self.n_clusters)
+        rows = latent.transpose(0, 1).flatten(0, 1)
+        coded = rows if self.batch_code is None else self.batch_code.known_or_average(rows, batch)
+        features = self.decoder(coded).unflatten(0, (self.n_clusters, len(latent)))
+        return self.reconstruction(features, example.target, example.batch).T
 
 
 def _n_clusters(hyperparameters: GMVAEHyperparameters, dimensions: Dimensions) -> int:

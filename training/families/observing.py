@@ -151,9 +151,19 @@ class ObservingFamily(Family):
         return mean.clamp(min=0.0) if self.explains == "values" else mean
 
     def reconstruction(self, features: Tensor, target: Tensor, batch: Tensor) -> Tensor:
-        """Negative log-likelihood in nats, (n,), of raw counts `target` (n, n_genes) with their own library sizes."""
+        """Negative log-likelihood in nats of raw counts `target` (n, n_genes) with their own library sizes.
+
+        Args:
+            features: (n, n_features), or (n_draws, n, n_features) for several latents of each cell: what depends on the counts alone is
+                computed once.
+            target: raw counts.
+            batch: int64 (n,).
+
+        Returns:
+            (n,), or (n_draws, n).
+        """
         library = target.sum(dim=1).clamp(min=1.0)
-        return -self.explain(features, library, batch).log_prob(self.observed(target)).sum(dim=1)
+        return -self.explain(features, library, batch).log_prob(self.observed(target)).sum(dim=-1)
 
     def inflation(self, features: Tensor) -> Tensor:
         """Probability that a count is a zero of no gene's making, (n, n_genes)."""
@@ -239,7 +249,7 @@ class ObservingFamily(Family):
     def _location(self, features: Tensor, library: Tensor) -> Tensor:
         hp, decoded = self.hyperparameters, self.to_share(features)
         if hp.decode_library:
-            share = torch.softmax(decoded, dim=1)
+            share = torch.softmax(decoded, dim=decoded.ndim - 1)
             if self.explains == "values":
                 return torch.log(share * hp.target_sum + 1.0)
             mean = share * library.unsqueeze(1)

@@ -104,7 +104,8 @@ class VAE(ObservingFamily):
         if hp.n_importance * hp.n_monte_carlo == 1:
             noise = torch.randn_like(mean)
             latent = mean + torch.exp(0.5 * log_variance) * noise
-            reconstruction = self._reconstruction(latent, example).mean()
+            decoded = self._features(latent, example, 1)
+            reconstruction = self.reconstruction(decoded, example.target, example.batch).mean()
             divergence = normal_divergence(mean, log_variance).sum(dim=1).mean()
             bound = reconstruction + warm * hp.kl_weight * divergence
         else:
@@ -144,11 +145,14 @@ class VAE(ObservingFamily):
             coded = torch.cat([coded, library.unsqueeze(1) / self.largest_library], dim=1)
         return self.decoder(coded)
 
-    def _reconstruction(self, latent: Tensor, example: Example) -> Tensor:
-        """Negative log-likelihood of each cell (n,); cells of unknown batches have the average code."""
-        coded = latent if self.batch_code is None else self.batch_code.known_or_average(latent, example.batch)
-        decoded = self._decoded(coded, example.target.sum(dim=1).clamp(min=1.0))
-        return self.reconstruction(decoded, example.target, example.batch)
+    def _features(self, latent: Tensor, example: Example, n_draws: int) -> Tensor:
+        """The decoder's features for latents (n_draws · n, n_latent); cells of unknown batches have the average code."""
+        batch, library = example.batch, example.target.sum(dim=1).clamp(min=1.0)
+        if n_draws > 1:
+            batch, library = batch.repeat(n_draws), library.repeat(n_draws)
+        return self._decoded(
+            latent if self.batch_code is None else self.batch_code.known_or_average(latent, batch), library
+        )
 
     def _bound(
         self, mean: Tensor, log_variance: Tensor, weight: float, example: Example
@@ -161,14 +165,8 @@ class VAE(ObservingFamily):
         n_draws, n = hp.n_importance * hp.n_monte_carlo, len(mean)
         noise = torch.randn(n_draws, *mean.shape, device=mean.device)
         latents = mean + torch.exp(0.5 * log_variance) * noise
-        repeated = Example(
-            counts=example.counts,
-            target=example.target.repeat(n_draws, 1),
-            batch=example.batch.repeat(n_draws),
-            labels=example.labels,
-            epoch=example.epoch,
-        )
-        reconstruction = self._reconstruction(latents.flatten(0, 1), repeated).view(n_draws, n)
+        features = self._features(latents.flatten(0, 1), example, n_draws).unflatten(0, (n_draws, n))
+        reconstruction = self.reconstruction(features, example.target, example.batch)
         # The constants of both normals cancel.
         sampled = 0.5 * (latents.square() - noise.square() - log_variance).sum(dim=2)
         weights = (-reconstruction - weight * sampled).view(hp.n_monte_carlo, hp.n_importance, n)
