@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from training import sparse_negative_binomial
+
 
 def negative_binomial(counts: Tensor, mean: Tensor, log_theta: Tensor) -> Tensor:
     """Negative log-likelihood under a negative binomial of variance mean + mean² / theta (Lopez et al. 2018, doi:10.1038/s41592-018-0229-2).
@@ -15,17 +17,8 @@ def negative_binomial(counts: Tensor, mean: Tensor, log_theta: Tensor) -> Tensor
     Returns:
         Per count, of the shape of `counts`.
     """
-    epsilon = 1e-8
     theta = log_theta.exp() + 1e-4  # lgamma has a pole at 0
-    log_total = torch.log(theta + mean + epsilon)
-    log_likelihood = (
-        theta * (torch.log(theta + epsilon) - log_total)
-        + counts * (torch.log(mean + epsilon) - log_total)
-        + torch.lgamma(counts + theta)
-        - torch.lgamma(theta)
-        - torch.lgamma(counts + 1)
-    )
-    return -log_likelihood
+    return -sparse_negative_binomial.log_likelihood(counts, mean, theta)
 
 
 def squared_error(values: Tensor, mean: Tensor) -> Tensor:
