@@ -4,9 +4,12 @@ All sides get the same cells over the same 2,000 genes, chosen from the cells th
 training/configs/benchmarks/, chosen by the loss of validation cells (`--select` of quality.py); scvi-tools trains as its tutorials do.
 """
 
+import hashlib
+import shutil
 import subprocess
 import sys
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -91,7 +94,9 @@ def fit(
             "model": {**base["model"], **(model or {})},
             "seed": seed,
         }
-        return run.fit(configuration.Config.model_validate({**base, **changes}), Path(folder) / "run", show_progress=False)
+        return run.fit(
+            configuration.Config.model_validate({**base, **changes}), Path(folder) / "run", show_progress=False
+        )
 
 
 def embed(fitted: Run, cells: ad.AnnData) -> tuple[NDArray[np.float32], NDArray[np.str_] | None]:
@@ -112,13 +117,28 @@ def log_normalise(cells: ad.AnnData) -> sp.csr_matrix:
     return sp.csr_matrix(sp.diags(1e4 / np.maximum(counts.sum(axis=1).A1, 1.0)) @ counts).log1p()
 
 
-def ask_scvi(python: str, cells: ad.AnnData, mode: str, n_seeds: int) -> Answers:
-    """What scvi-tools makes of the cells, in its own process and environment."""
-    with tempfile.TemporaryDirectory() as folder:
-        path, output = Path(folder) / "cells.h5ad", Path(folder) / "answers.npz"
-        cells.write_h5ad(path)
-        script = str(Path(__file__).with_name("scvi_quality.py"))
-        subprocess.run([python, script, str(path), str(output), mode, str(n_seeds), "1"], check=True, stdout=sys.stderr)
+@dataclass(frozen=True)
+class ScviTools:
+    """scvi-tools in a process and an environment of its own."""
+
+    python: str
+    cache: Path
+    """Where its answers are kept, so that a change of our side needs no second training of theirs."""
+
+    def ask(self, cells: ad.AnnData, mode: str, n_seeds: int) -> Answers:
+        """What it makes of the cells; for the modes see scvi_quality.py."""
+        about = hashlib.sha256(sp.csr_matrix(cells.X).data.tobytes())
+        about.update(cells.obs.to_csv().encode() + Path(__file__).with_name("scvi_quality.py").read_bytes())
+        output = self.cache / f"{mode}-{n_seeds}-{about.hexdigest()[:16]}.npz"
+        if not output.exists():
+            self.cache.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory() as folder:
+                path, made = Path(folder) / "cells.h5ad", Path(folder) / "answers.npz"
+                cells.write_h5ad(path)
+                script = str(Path(__file__).with_name("scvi_quality.py"))
+                command = [self.python, script, str(path), str(made), mode, str(n_seeds), "1"]
+                subprocess.run(command, check=True, stdout=sys.stderr)
+                shutil.copy(made, output)
         with np.load(output) as arrays:
             return {name: arrays[name] for name in arrays.files}
 
@@ -181,15 +201,15 @@ def joint_cells(cells: ad.AnnData) -> ad.AnnData:
     return made
 
 
-def measure(scvi_python: str, n_seeds: int) -> dict[str, Any]:
+def measure(scvi: ScviTools, n_seeds: int) -> dict[str, Any]:
     """Everything of this data set."""
     cells = load_cells()
     everything = joint_cells(cells)
-    of_all = ask_scvi(scvi_python, everything, "joint", n_seeds)
+    of_all = scvi.ask(everything, "joint", n_seeds)
     transfer: dict[str, Any] = {}
     for name, (reference, query) in TASKS.items():
         chosen = task_cells(cells, reference, query)
-        mapped = ask_scvi(scvi_python, chosen, "scarches", n_seeds)
+        mapped = scvi.ask(chosen, "scarches", n_seeds)
         scores = transfer_ours(chosen, n_seeds)
         scores |= transfer_scvi(chosen, mapped, "", "SCANVI, query mapped (scArches)")
         scores |= transfer_scvi(chosen, of_all, f"{name}/", "SCANVI, trained with the query")

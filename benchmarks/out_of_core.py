@@ -135,7 +135,16 @@ def measure(path: Path, output: Path, n_epochs: int) -> dict[str, Any]:
     group = zarr.open_group(path, mode="r")
     n_values = int(group["X/data"].shape[0])
     n_bytes = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
-    command = [sys.executable, "-m", "benchmarks.out_of_core", "--train", str(path), str(output), "--epochs", str(n_epochs)]
+    command = [
+        sys.executable,
+        "-m",
+        "benchmarks.out_of_core",
+        "--train",
+        str(path),
+        str(output),
+        "--epochs",
+        str(n_epochs),
+    ]
     figures = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()[-1])
     return {
         "machine": machine(),

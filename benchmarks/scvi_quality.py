@@ -63,7 +63,9 @@ def joint(adata: ad.AnnData, seed: int) -> dict[str, np.ndarray]:
         kept = adata[(adata.obs[column] != "unused").to_numpy()].copy()
         kept.obs["shown"] = np.where(kept.obs[column] == "query", HIDDEN, kept.obs["label"].astype(str))
         found = supervised(base, kept, "shown").predict()
-        answers[f"{column.removeprefix('part_')}/labels/{seed}"] = found[(kept.obs[column] == "query").to_numpy()].astype(str)
+        answers[f"{column.removeprefix('part_')}/labels/{seed}"] = found[
+            (kept.obs[column] == "query").to_numpy()
+        ].astype(str)
         assert is_query.any()
     return answers
 

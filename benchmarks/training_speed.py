@@ -112,7 +112,7 @@ def our_side(path: Path, n_epochs: int, likelihood: str, device: str, n_threads:
 
 def measure(command: list[str]) -> dict[str, Any]:
     """Run one side; the medians over its epochs."""
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    done = subprocess.run(command, check=False, capture_output=True, text=True, cwd=ROOT)
     if done.returncode:
         sys.exit(f"{' '.join(command)} failed:\n{done.stderr}")
     figures = json.loads(done.stdout.splitlines()[-1])
@@ -136,14 +136,20 @@ def main() -> int:
         print(json.dumps(our_side(Path(path), options.epochs, likelihood, options.device, options.threads)))
         return 0
     if not options.scvi_python:
-        parser.error("name the Python that has scvi-tools: --scvi-python or CELLSERVE_BENCH_PYTHON (make bench-training does)")
+        parser.error(
+            "name the Python that has scvi-tools: --scvi-python or CELLSERVE_BENCH_PYTHON (make bench-training does)"
+        )
     found: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
         for data, make in DATA.items():
             path = Path(folder) / f"{data}.h5ad"
             cells = make()
             cells.write_h5ad(path)
-            shape = {"n_cells": cells.n_obs, "n_genes": cells.n_vars, "nonzero_per_cell": round(cells.X.nnz / cells.n_obs)}
+            shape = {
+                "n_cells": cells.n_obs,
+                "n_genes": cells.n_vars,
+                "nonzero_per_cell": round(cells.X.nnz / cells.n_obs),
+            }
             for likelihood in options.likelihoods:
                 shared = [str(options.epochs), likelihood, options.device, str(options.threads)]
                 script = str(Path(__file__).with_name("scvi_training.py"))
@@ -167,7 +173,9 @@ def main() -> int:
         "cells_per_second": found,
     }
     options.output.write_text(json.dumps(result, indent=2) + "\n")
-    table = Table("data, likelihood", "", "ours, cells/s", "scvi-tools, cells/s", "ratio", "peak GiB, ours : scvi-tools")
+    table = Table(
+        "data, likelihood", "", "ours, cells/s", "scvi-tools, cells/s", "ratio", "peak GiB, ours : scvi-tools"
+    )
     for name, row in found.items():
         memory = f"{row['ours']['peak_gib']:.2f} : {row['scvi_tools']['peak_gib']:.2f}"
         for part in ("steps", "epoch"):

@@ -1,6 +1,5 @@
 """Negative log-likelihoods and divergences, in nats. Shapes are (n_cells, n_genes) or (n_cells, n_latent)."""
 
-import torch
 from torch import Tensor
 
 from training import sparse_negative_binomial
@@ -18,7 +17,7 @@ def negative_binomial(counts: Tensor, mean: Tensor, log_theta: Tensor) -> Tensor
         Per count, of the shape of `counts`.
     """
     theta = log_theta.exp() + 1e-4  # lgamma has a pole at 0
-    return -sparse_negative_binomial.log_likelihood(counts, mean, theta)
+    return sparse_negative_binomial.negative_log_likelihood(counts, mean, theta)
 
 
 def squared_error(values: Tensor, mean: Tensor) -> Tensor:

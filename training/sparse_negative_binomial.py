@@ -1,4 +1,4 @@
-"""The negative binomial's log-likelihood where most counts are zero, with the same bits as the plain formula gives.
+"""The negative binomial's negative log-likelihood where most counts are zero, with the same bits as the plain formula gives.
 
 Two thirds of a training step on a CPU were log-gamma and digamma of counts that are zero, where both depend on the gene alone. They are
 computed for the counts that are not; every sum is taken in the order in which autograd takes it, so that weights stay as they were.
@@ -15,19 +15,20 @@ EPSILON = 1e-8
 """Added within logarithms."""
 
 
-def plain_log_likelihood(counts: Tensor, mean: Tensor, theta: Tensor) -> Tensor:
+def plain(counts: Tensor, mean: Tensor, theta: Tensor) -> Tensor:
     """The formula as it is read, for all shapes that broadcast; nats per count."""
     log_total = torch.log(theta + mean + EPSILON)
-    return (
+    log_likelihood = (
         theta * (torch.log(theta + EPSILON) - log_total)
         + counts * (torch.log(mean + EPSILON) - log_total)
         + torch.lgamma(counts + theta)
         - torch.lgamma(theta)
         - torch.lgamma(counts + 1)
     )
+    return -log_likelihood
 
 
-def log_likelihood(counts: Tensor, mean: Tensor, theta: Tensor) -> Tensor:
+def negative_log_likelihood(counts: Tensor, mean: Tensor, theta: Tensor) -> Tensor:
     """Nats per count (n_cells, n_genes).
 
     Args:
@@ -37,12 +38,12 @@ def log_likelihood(counts: Tensor, mean: Tensor, theta: Tensor) -> Tensor:
     """
     # On a GPU finding the zeros costs more than all of the gammas, and a dispersion per cell leaves little to share.
     if theta.dim() != 1 or counts.device.type != "cpu" or counts.shape != mean.shape or counts.requires_grad:
-        return plain_log_likelihood(counts, mean, theta)
+        return plain(counts, mean, theta)
     return _Sparse.apply(counts, mean, theta)  # type: ignore[no-any-return, no-untyped-call]
 
 
 class _Sparse(torch.autograd.Function):
-    """`plain_log_likelihood` for theta (n_genes,); "seen" tensors hold the counts that are not zero, (n_seen,)."""
+    """`plain` for theta (n_genes,); "seen" tensors hold the counts that are not zero, (n_seen,)."""
 
     @staticmethod
     def forward(ctx: Any, counts: Tensor, mean: Tensor, theta: Tensor) -> Tensor:
@@ -66,14 +67,14 @@ class _Sparse(torch.autograd.Function):
         value = (theta * ratio).add_(log_gamma).sub_(log_gamma).sub_(torch.lgamma(torch.ones((), dtype=counts.dtype)))
         value.view(-1).scatter_(0, place, at_seen)
         ctx.save_for_backward(mean, theta, ratio, place, seen, seen_mean, seen_theta)
-        return value
+        return value.neg_()
 
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, gradient: Tensor) -> tuple[None, Tensor, Tensor]:
         """Gradients by `mean` and `theta`, summed as autograd sums them: last use first."""
         mean, theta, ratio, place, seen, seen_mean, seen_theta = ctx.saved_tensors
-        gradient = gradient.contiguous()
+        gradient = gradient.neg().contiguous()  # by the log-likelihood
         at_seen = gradient.view(-1).index_select(0, place)
         digamma = torch.digamma(theta)
         # log-gamma of theta, then of counts + theta
