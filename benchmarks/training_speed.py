@@ -123,7 +123,7 @@ def main() -> int:
     """Measure both sides and print ratios."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--epochs", type=int, default=6, help="of each run; the first is not counted")
+    parser.add_argument("--epochs", type=int, default=4, help="of each run; the first is not counted")
     parser.add_argument("--device", choices=list(GOAL), default="cpu")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--likelihoods", nargs="+", default=["nb"], choices=["nb", "zinb"])

@@ -1,8 +1,7 @@
 """Negative log-likelihoods and divergences, in nats. Shapes are (n_cells, n_genes) or (n_cells, n_latent)."""
 
+import torch
 from torch import Tensor
-
-from training import sparse_negative_binomial
 
 
 def negative_binomial(counts: Tensor, mean: Tensor, log_theta: Tensor) -> Tensor:
@@ -16,8 +15,17 @@ def negative_binomial(counts: Tensor, mean: Tensor, log_theta: Tensor) -> Tensor
     Returns:
         Per count, of the shape of `counts`.
     """
+    epsilon = 1e-8
     theta = log_theta.exp() + 1e-4  # lgamma has a pole at 0
-    return sparse_negative_binomial.negative_log_likelihood(counts, mean, theta)
+    log_total = torch.log(theta + mean + epsilon)
+    log_likelihood = (
+        theta * (torch.log(theta + epsilon) - log_total)
+        + counts * (torch.log(mean + epsilon) - log_total)
+        + torch.lgamma(counts + theta)
+        - torch.lgamma(theta)
+        - torch.lgamma(counts + 1)
+    )
+    return -log_likelihood
 
 
 def squared_error(values: Tensor, mean: Tensor) -> Tensor:
