@@ -2,10 +2,14 @@
 
 from collections.abc import Iterable, Sequence
 
+import numpy as np
+import torch
+
 from service.contract.manifest import Manifest
 from training.data.splits import PARTS
 from training.run import Run
 
+_ROWS = 4096
 _NOT_MEDICAL = "Not a medical device. Its answers must not guide the care of patients."
 _OF_LABELS = "Cells of a type that it was not trained on get the nearest of its classes. Look at `conf_score`, and at marker genes."
 
@@ -40,13 +44,15 @@ def write(manifest: Manifest, run: Run) -> str:
         "log-normalised, restored." * any("10x Genomics" in data.licence for data in manifest.provenance.data),
         "Cells by part: " + ", ".join(f"{part} {parts.count(part):,}" for part in PARTS) + ".",
     ]
-    for level in manifest.labels:
+    for level in manifest.labels[: len(run.config.labels)]:
         counts = run.reference.obs[level.name].value_counts()
         rows = [
             (name, ontology_id or "", f"{counts.get(name, 0):,}")
             for name, ontology_id in zip(level.classes, level.ontology_ids, strict=True)
         ]
         sections.append(f"## Labels: {level.name}\n\n" + _table(("class", "Cell Ontology", "cells"), rows))
+    for level, classes in run.family.own_levels.items():
+        sections.append(f"## Labels: {level}\n\n" + _own_level(run, level, classes))
     for modality in manifest.modalities:
         rows = [
             (name, f"{modality.quality[name]:.3f}" if name in modality.quality else "") for name in modality.features
@@ -75,6 +81,30 @@ def write(manifest: Manifest, run: Run) -> str:
         f"{provenance.hardware['cpu']}. Configuration and package versions are in manifest.json."
     )
     return "\n\n".join(sections) + "\n"
+
+
+def _own_level(run: Run, level: str, classes: Sequence[str]) -> str:
+    """Training cells of each class that the family made itself, and what those with a label are called."""
+    classify = run.family.graphs()["classify"]
+    output = classify.outputs.index(f"probabilities_{level}")
+    cells = run.prepared.train.counts
+    with torch.no_grad():
+        found = torch.cat(
+            [
+                classify.module(torch.from_numpy(cells[i : i + _ROWS].toarray()))[output].argmax(dim=1)
+                for i in range(0, cells.shape[0], _ROWS)
+            ]
+        ).numpy()
+    rows = []
+    for k, name in enumerate(classes):
+        labels = run.prepared.train.labels[found == k][:, :1]
+        labels = labels[labels >= 0]
+        usual = ""
+        if len(labels):
+            most, n = max(enumerate(np.bincount(labels)), key=lambda item: item[1])
+            usual = f"{tuple(run.config.labels[0].classes)[most]} ({n / len(labels):.0%})"
+        rows.append((name, f"{int((found == k).sum()):,}", usual))
+    return _table(("class", "training cells", "most frequent label"), rows)
 
 
 def _intended_use(manifest: Manifest) -> str:

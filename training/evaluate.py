@@ -77,7 +77,7 @@ def evaluate(run: Run, directory: Path, show: Callable[[str], object] = str) -> 
     Raises:
         NoLabels: there is nothing to score.
     """
-    if run.family.classifier is None:
+    if "classify" not in run.family.graphs():
         raise NoLabels(f"{directory} has no classifier. Give the configuration labels and a classifier_weight above 0.")
     rows = []
     with tempfile.TemporaryDirectory() as scratch:
@@ -136,7 +136,7 @@ def served(model: Model) -> Predict:
     """Predictions of the first label level through the runtime that serves."""
 
     def predict(counts: sp.csr_matrix) -> Labels:
-        return next(iter(model.classify(model.encode(counts)).values())).argmax(axis=1)
+        return next(iter(model.classify(counts).values())).argmax(axis=1)
 
     return predict
 
@@ -146,9 +146,11 @@ def trained(family: Family) -> Predict:
     graphs = family.eval().graphs()
 
     def predict(counts: sp.csr_matrix) -> Labels:
+        known = {"counts": torch.from_numpy(counts.toarray())}
         with torch.no_grad():
-            latent = graphs["encode"].module(torch.from_numpy(counts.toarray()))
-            return graphs["classify"].module(latent)[0].argmax(dim=1).numpy()
+            known["latent"] = graphs["encode"].module(known["counts"])
+            classify = graphs["classify"]
+            return classify.module(*(known[name] for name in classify.inputs))[0].argmax(dim=1).numpy()
 
     return predict
 

@@ -278,13 +278,13 @@ def fit(
         except LossNotFinite as error:
             if not last.exists():
                 raise LossNotFinite(f"{error} It is the first epoch, so no model was kept.") from None
-            error.fitted = _best(module, directory, is_interrupted=True)
+            error.fitted = _best(module, prepared, directory, is_interrupted=True)
             error.args = (f"{error} The model of epoch {error.fitted.best_epoch + 1} was kept.",)
             raise
-    return _best(module, directory, interrupt.is_asked)
+    return _best(module, prepared, directory, interrupt.is_asked)
 
 
-def _best(module: Fitting, directory: Path, is_interrupted: bool) -> Fitted:
+def _best(module: Fitting, prepared: Prepared, directory: Path, is_interrupted: bool) -> Fitted:
     """The family with the weights of the best epoch, from its checkpoint."""
     checkpoint = torch.load(directory / CHECKPOINTS / f"{BEST}.ckpt", map_location="cpu", weights_only=True)
     module.load_state_dict(checkpoint["state_dict"])
@@ -292,13 +292,22 @@ def _best(module: Fitting, directory: Path, is_interrupted: bool) -> Fitted:
     last = torch.load(directory / CHECKPOINTS / f"{LAST}.ckpt", map_location="cpu", weights_only=True)
     states = checkpoint["callbacks"].values()
     state = next(state for state in states if state.get("monitor") and "best_model_score" in state)
+    family = module.family.cpu().eval()
+    family.conclude(_examples(module.config, prepared.train))
     return Fitted(
-        family=module.family.cpu().eval(),
+        family=family,
         best_epoch=int(checkpoint["epoch"]),
         best_loss=float(state["best_model_score"]),
         n_epochs=int(last["epoch"]) + 1,
         is_interrupted=is_interrupted,
     )
+
+
+def _examples(config: Config, cells: Cells) -> Iterator[Example]:
+    """The cells in their own order, uncorrupted, in the minibatches of a fit."""
+    for batch in Minibatches(cells, config.fit.rows, config.seed):
+        counts = batch.counts()
+        yield Example(counts, counts, batch.batch, batch.labels, _VALIDATION_EPOCH, batch.obsm)
 
 
 class Patience(EarlyStopping):

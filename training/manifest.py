@@ -74,11 +74,7 @@ def build(run: Run, version: str) -> tuple[Manifest, dict[str, bytes]]:
         ),
         graphs=signatures,
         batch=batch_policy(run),
-        labels=tuple(
-            LabelLevel(name=level.name, classes=tuple(level.classes), ontology_ids=tuple(level.classes.values()))
-            for level in run.config.labels
-            if "classify" in graphs
-        ),
+        labels=label_levels(run) if "classify" in graphs else (),
         modalities=tuple(modality(run, found) for found in run.family.imputes),
         golden=Golden(file=GOLDEN, tolerance=golden_tolerance),
         parity=Parity(n_cells=len(inputs["counts"]), outputs=differences),
@@ -95,6 +91,19 @@ def batch_policy(run: Run) -> BatchPolicy:
     return BatchPolicy(
         names=run.prepared.batches, decode_default=wanted.decode_default, average_index=average, unseen=unseen
     )
+
+
+def label_levels(run: Run) -> tuple[LabelLevel, ...]:
+    """Those of the data, and then those of the family's own."""
+    named = tuple(
+        LabelLevel(name=level.name, classes=tuple(level.classes), ontology_ids=tuple(level.classes.values()))
+        for level in run.config.labels
+    )
+    own = (
+        LabelLevel(name=name, classes=classes, ontology_ids=(None,) * len(classes))
+        for name, classes in run.family.own_levels.items()
+    )
+    return named + tuple(own)
 
 
 def modality(run: Run, imputed: Imputed) -> Modality:

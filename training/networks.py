@@ -1,35 +1,69 @@
 """Building blocks of the families. All tensors are float32 unless said otherwise; n is the number of cells."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
+Activation = Literal["relu", "leaky_relu", "softplus"]
 
-def mlp(sizes: Sequence[int], dropout: float, layer_norm: bool) -> nn.Sequential:
-    """Linear layers between `sizes`, each followed by (LayerNorm,) ReLU (and dropout).
 
-    LayerNorm and not BatchNorm: it works on one cell, so training and serving compute the same function.
+def mlp(
+    sizes: Sequence[int],
+    dropout: float,
+    layer_norm: bool,
+    batch_norm: bool = False,
+    activation: Activation = "relu",
+    softplus_beta: float | None = None,
+) -> nn.Sequential:
+    """Linear layers between `sizes`, each followed by (a norm,) an activation (and dropout).
 
     Args:
         sizes: widths, first the input's.
         dropout: share of units dropped while training.
-        layer_norm: whether each layer is normalised (Ba et al. 2016, arXiv:1607.06450).
+        layer_norm: whether each layer is normalised within a cell (Ba et al. 2016, arXiv:1607.06450), which is the same function while
+            training and serving.
+        batch_norm: whether each layer is normalised over the minibatch (Ioffe & Szegedy 2015, arXiv:1502.03167), with scVI's constants.
+        activation: after the norm.
+        softplus_beta: sharpness of softplus; None for the layer's own width, as in the published expression-saliency autoencoder.
     """
     layers: list[nn.Module] = []
     for n_in, n_out in pairwise(sizes):
         layers.append(nn.Linear(n_in, n_out))
         if layer_norm:
             layers.append(nn.LayerNorm(n_out))
-        layers.append(nn.ReLU())
+        if batch_norm:
+            layers.append(nn.BatchNorm1d(n_out, eps=1e-3, momentum=0.01))
+        layers.append(activate(activation, n_out if softplus_beta is None else softplus_beta))
         if dropout:
             layers.append(nn.Dropout(dropout))
     return nn.Sequential(*layers)
 
 
-class LogNormalise(nn.Module):
-    """ln(1 + counts per `target_sum`), if asked scaled per gene; it is part of the graph, so that raw counts go in."""
+def activate(activation: Activation, softplus_beta: float) -> nn.Module:
+    """The activation as a module."""
+    if activation == "softplus":
+        return nn.Softplus(softplus_beta)
+    return nn.ReLU() if activation == "relu" else nn.LeakyReLU()
+
+
+class InputTransform(nn.Module, ABC):
+    """What the encoder sees of raw counts; it is part of the graph, so that raw counts go in."""
+
+    @abstractmethod
+    def forward(self, counts: Tensor) -> Tensor:
+        """Raw counts (n, n_genes) to the same shape."""
+
+    @abstractmethod
+    def expected_counts(self, values: Tensor, library: Tensor) -> Tensor:
+        """Undo it: counts, (n, n_genes), not negative, of cells with `library` counts, (n,)."""
+
+
+class LogNormalise(InputTransform):
+    """ln(1 + counts per `target_sum`), if asked scaled per gene."""
 
     def __init__(self, target_sum: float, mean: Tensor | None, std: Tensor | None, clip: float | None) -> None:
         """Prepare the transform.
@@ -56,7 +90,7 @@ class LogNormalise(nn.Module):
         return values if self.clip is None else values.clamp(-self.clip, self.clip)
 
     def expected_counts(self, values: Tensor, library: Tensor) -> Tensor:
-        """Undo the transform: counts, shape (n, n_genes), not negative, of cells with `library` counts, shape (n,)."""
+        """Counts, (n, n_genes), not negative, of cells with `library` counts, (n,)."""
         if self.std is not None:
             values = values * self.std
         if self.mean is not None:
@@ -65,7 +99,7 @@ class LogNormalise(nn.Module):
         return (torch.exp(values.clamp(0.0, 20.0)) - 1.0) * (library.unsqueeze(1) / self.target_sum)
 
 
-class LogCounts(nn.Module):
+class LogCounts(InputTransform):
     """ln(1 + counts), without normalisation: depth stays in it."""
 
     def __init__(self, clip: float | None) -> None:
@@ -76,6 +110,38 @@ class LogCounts(nn.Module):
         """Raw counts (n, n_genes) to the same shape, at most `clip`."""
         values = torch.log(counts + 1.0)
         return values if self.clip is None else values.clamp(max=self.clip)
+
+    def expected_counts(self, values: Tensor, library: Tensor) -> Tensor:  # noqa: ARG002 - depth is in the values
+        """exp(values) - 1, (n, n_genes)."""
+        return torch.exp(values.clamp(0.0, 20.0)) - 1.0
+
+
+class RawCounts(InputTransform):
+    """Counts as they are, as scVAE has them."""
+
+    def __init__(self, clip: float | None) -> None:
+        super().__init__()
+        self.clip = clip
+
+    def forward(self, counts: Tensor) -> Tensor:
+        """Raw counts (n, n_genes), at most `clip`."""
+        return counts if self.clip is None else counts.clamp(max=self.clip)
+
+    def expected_counts(self, values: Tensor, library: Tensor) -> Tensor:  # noqa: ARG002 - depth is in the values
+        """The values themselves where they are not negative, (n, n_genes)."""
+        return values.clamp(min=0.0)
+
+
+class Binarise(InputTransform):
+    """Whether a gene has any count."""
+
+    def forward(self, counts: Tensor) -> Tensor:
+        """Raw counts (n, n_genes) to 0 and 1."""
+        return (counts > 0).to(counts)
+
+    def expected_counts(self, values: Tensor, library: Tensor) -> Tensor:  # noqa: ARG002 - there is no depth
+        """Values between 0 and 1, (n, n_genes)."""
+        return values.clamp(0.0, 1.0)
 
 
 def class_weights(n_cells: Tensor, power: float) -> Tensor:
@@ -95,6 +161,11 @@ class BatchCode(nn.Module):
     def forward(self, latent: Tensor, batch: Tensor) -> Tensor:
         """Latent (n, n_latent) and batch int64 (n,) to (n, n_latent + n_batches)."""
         return torch.cat([latent, nn.functional.embedding(batch, self.codes)], dim=1)
+
+    def known_or_average(self, latent: Tensor, batch: Tensor) -> Tensor:
+        """As `forward`, with the mean of all codes for a batch of -1, which the model does not know."""
+        codes = nn.functional.embedding(batch.clamp(min=0), self.codes)
+        return torch.cat([latent, torch.where(batch[:, None] < 0, self.codes.mean(dim=0), codes)], dim=1)
 
 
 class Classifier(nn.Module):

@@ -17,7 +17,7 @@ def run(model: Model, counts: sp.csr_matrix, options: Options) -> Columns:  # no
     """Labels, confidence and probabilities per label level; an empty cell is Unknown with confidence 0."""
     empty = is_empty(counts)
     columns: dict[str, Column] = {}
-    for level, probabilities in zip(model.manifest.labels, model.classify(model.encode(counts)).values(), strict=True):
+    for level, probabilities in zip(model.manifest.labels, model.classify(counts).values(), strict=True):
         # The first level is what people mean by "the" label; further levels carry their name.
         suffix = "" if level is model.manifest.labels[0] else f"_{level.name}"
         columns |= {f"{name}{suffix}": column for name, column in _answers(level, probabilities, empty.values).items()}

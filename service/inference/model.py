@@ -40,12 +40,16 @@ class Model:
         """
         if not counts.shape[0]:
             return np.zeros((0, self.manifest.n_latent), dtype=np.float32)
+        return self._run_counts("encode", counts)["latent"]
+
+    def _run_counts(self, graph: str, counts: sp.csr_matrix) -> dict[str, NDArray[np.float32]]:
+        """Outputs of a graph that takes counts."""
 
         def dense(rows: slice, n_rows: int) -> dict[str, NDArray[np.float32]]:
             # Densified at the padded size into this thread's buffer, so that there is nothing left to copy or to allocate.
             return {"counts": densify(counts, rows, _buffers.take(n_rows, counts.shape[1]))}
 
-        return self.sessions["encode"].run_rows(counts.shape[0], dense)["latent"]
+        return self.sessions[graph].run_rows(counts.shape[0], dense)
 
     def decode(
         self, latent: NDArray[np.float32], library_size: NDArray[np.float32], batch: str | None = None
@@ -82,9 +86,17 @@ class Model:
             return [policy.names.index(batch)]
         return list(range(len(policy.names))) if policy.average_index is None else [policy.average_index]
 
-    def classify(self, latent: NDArray[np.float32]) -> dict[str, NDArray[np.float32]]:
-        """Class probabilities by label level, each float32 of shape (n_cells, n_classes)."""
-        outputs = self.sessions["classify"].run({"latent": latent})
+    def classify(self, counts: sp.csr_matrix) -> dict[str, NDArray[np.float32]]:
+        """Class probabilities by label level, each float32 of shape (n_cells, n_classes), of raw counts (n_cells, n_genes).
+
+        The graph says what it is a function of: the latent, or the counts themselves.
+        """
+        if not counts.shape[0]:
+            return {level.name: np.zeros((0, len(level.classes)), dtype=np.float32) for level in self.manifest.labels}
+        if any(tensor.name == "counts" for tensor in self.manifest.graphs["classify"].inputs):
+            outputs = self._run_counts("classify", counts)
+        else:
+            outputs = self.sessions["classify"].run({"latent": self.encode(counts)})
         return {level.name: outputs[f"probabilities_{level.name}"] for level in self.manifest.labels}
 
 

@@ -268,12 +268,14 @@ def choose_genes(
 
 
 def measure(config: Config, train: Cells | StoredCells) -> Statistics:
-    """Mean and deviation of each gene's ln(1 + counts per target_sum), and the number of cells of each class."""
+    """Mean and deviation of each gene's ln(1 + counts per target_sum), cells of each class, and the largest library."""
     n_cells = len(train)
     mean = square = np.float64(0.0)
+    largest = 1.0
     for start in range(0, n_cells, _MEASURED):
         counts = train.take(np.arange(start, min(start + _MEASURED, n_cells))).counts
         library = np.maximum(np.asarray(counts.sum(axis=1), dtype=np.float64), 1.0)
+        largest = max(largest, float(library.max(initial=1.0)))
         values = sp.csr_matrix(counts.multiply(config.hyperparameters.target_sum / library)).log1p()
         # As scipy's mean does: divided first, then summed.
         mean = mean + np.asarray((values * (1.0 / n_cells)).sum(axis=0)).ravel()
@@ -286,4 +288,4 @@ def measure(config: Config, train: Cells | StoredCells) -> Statistics:
         found = np.bincount(labels[labels >= 0], minlength=len(level.classes))
         n_by_class[level.name] = torch.from_numpy(found).float()
     obsm = {key: torch.from_numpy(values) for key, values in train.obsm.items()}
-    return Statistics(torch.from_numpy(mean).float(), torch.from_numpy(std).float(), n_by_class, obsm)
+    return Statistics(torch.from_numpy(mean).float(), torch.from_numpy(std).float(), n_by_class, obsm, largest)

@@ -4,6 +4,9 @@ from training.families.atlas_vae import AtlasVAE
 from training.families.autoencoder import Autoencoder
 from training.families.cite_autoencoder import CiteAutoencoder
 from training.families.family import Family
+from training.families.gmvae import GMVAE
 from training.families.vae import VAE
 
-FAMILIES: dict[str, type[Family]] = {family.name: family for family in (AtlasVAE, Autoencoder, CiteAutoencoder, VAE)}
+FAMILIES: dict[str, type[Family]] = {
+    family.name: family for family in (AtlasVAE, Autoencoder, CiteAutoencoder, GMVAE, VAE)
+}

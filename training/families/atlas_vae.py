@@ -1,33 +1,31 @@
 """Batch-free encoder, decoder with codes of batches, heads for cell types, as scAtlasVAE (Xue et al. 2025, doi:10.1038/s41592-024-02530-0)."""
 
-from typing import Annotated, ClassVar, Literal, Self, final
+from typing import Annotated, ClassVar, Literal, final
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import Field
 from torch import Tensor, nn
 
 from training import mmd
 from training.batch_levels import BatchLevels
 from training.families.family import (
     Axis,
+    ClassifyingHyperparameters,
     Dimensions,
     Example,
-    Family,
     Graph,
     Hyperparameters,
     Names,
     Statistics,
     build_classifier,
-    input_transform,
     standard_graphs,
 )
-from training.likelihoods import normal_divergence
-from training.networks import LogCounts, mlp
-from training.observation import Observation
+from training.families.observing import ObservingFamily, ObservingHyperparameters, hidden_layers, input_transform
+from training.likelihoods import LikelihoodName, normal_divergence
 from training.tabnet import TabNet
 
 
-class AtlasVAEHyperparameters(Hyperparameters):
+class AtlasVAEHyperparameters(ObservingHyperparameters, ClassifyingHyperparameters):
     """Hyper-parameters of `atlas_vae`."""
 
     hidden: Annotated[tuple[Annotated[int, Field(gt=0)], ...], Field(min_length=1)] = (128,)
@@ -56,27 +54,16 @@ class AtlasVAEHyperparameters(Hyperparameters):
     tabnet_sparsity: Annotated[float, Field(ge=0)] = 1e-3
     """Weight of the masks' entropy."""
 
-    normalise_input: bool = True
-    """Encode ln(1 + counts per target_sum). Off, as published: ln(1 + counts), so that depth leaks into the latent."""
-
     encode_library: bool = False
     """Give the encoder the logarithm of the library size beside the genes."""
-
-    decode_library: bool = True
-    """Expected counts are the decoder's shares times the library size. Off: the decoder must learn the depth from the latent."""
 
     batch_code: Literal["embedding", "one_hot"] = "embedding"
     batch_width: Annotated[int, Field(gt=0)] = 8
     """Of each batch level's embedding."""
 
-    likelihood: Literal["zinb", "nb", "zero_inflated_gaussian", "mse"] = "zinb"
-    """Of counts (zinb, nb), or of ln(1 + counts per target_sum)."""
-
+    likelihood: LikelihoodName = "zero_inflated_negative_binomial"
     dispersion: Literal["gene", "gene_batch", "gene_cell"] = "gene_cell"
-    """What the inverse dispersion of zinb and nb, or the deviation of zero_inflated_gaussian, is a function of."""
-
-    gate: Literal["gene", "cell"] = "gene"
-    """Whether zero inflation is decoded for each gene, or once for a cell."""
+    """What the inverse dispersion, or the deviation, is a function of."""
 
     gate_weight: Annotated[float, Field(ge=0)] = 1.0
     """Penalty per cell on the sum of its zero inflations, which pushes them off where they explain little."""
@@ -103,19 +90,9 @@ class AtlasVAEHyperparameters(Hyperparameters):
     constraint_key: str = "X_start"
     """Key of `obsm` with the given embedding, n_latent wide; cells without one are free. X_start: that of the run begun with."""
 
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        if self.scale and not self.normalise_input:
-            raise ValueError("scale needs normalise_input: means and deviations are those of normalised expression")
-        if not self.decode_library and self.likelihood not in ("zinb", "nb"):
-            raise ValueError(
-                f"decode_library cannot be off with {self.likelihood}, which explains normalised expression"
-            )
-        return self
-
 
 @final
-class AtlasVAE(Family):
+class AtlasVAE(ObservingFamily):
     """The encoder never sees the batch, so a query of any batch is embedded without training."""
 
     name: ClassVar[str] = "atlas_vae"
@@ -133,19 +110,19 @@ class AtlasVAE(Family):
                 f"obsm['{hp.constraint_key}'] is {len(dimensions.obsm[hp.constraint_key])} wide and n_latent {hp.n_latent}: a "
                 "latent can only be held to an embedding of its own width."
             )
-        self.transform = input_transform(hp, statistics) if hp.normalise_input else LogCounts(hp.clip)
+        self.transform = input_transform(hp, statistics)
         self.input_dropout = nn.Dropout(hp.input_dropout)
         self.encoder: nn.Module
         if hp.encoder == "tabnet":
             self.encoder = TabNet(dimensions.n_genes, hp.hidden[-1], hp.tabnet_steps, hp.tabnet_gamma, hp.dropout)
         else:
-            self.encoder = mlp([dimensions.n_genes, *hp.hidden], hp.dropout, hp.layer_norm)
+            self.encoder = hidden_layers(hp, [dimensions.n_genes, *hp.hidden], hp.dropout)
         n_features = hp.hidden[-1] + int(hp.encode_library)
         self.to_mean = nn.Linear(n_features, hp.n_latent)
         self.to_log_variance = nn.Linear(n_features, hp.n_latent)
         self.batches = BatchLevels(dimensions.batch_levels, hp.batch_code, hp.batch_width)
-        self.decoder = mlp([hp.n_latent + self.batches.width, *hp.hidden[::-1]], 0.0, hp.layer_norm)
-        self.observation = Observation(hp, hp.hidden[0], dimensions.n_genes, dimensions.n_batches)
+        self.decoder = hidden_layers(hp, [hp.n_latent + self.batches.width, *hp.hidden[::-1]], 0.0)
+        self.add_heads(hp.hidden[0])
         self.classifier = build_classifier(hp, statistics)
 
     @classmethod
@@ -156,27 +133,31 @@ class AtlasVAE(Family):
 
     def encode(self, counts: Tensor) -> Tensor:
         """Raw counts (n, n_genes) to the posterior's mean (n, n_latent)."""
-        return self.to_mean(self._features(counts)[0])
+        return self.to_mean(self._encoded(counts)[0])
 
-    def decode(self, latent: Tensor, library: Tensor, batch: Tensor) -> Tensor:
-        """Expected counts (n, n_genes); batch n_batches is the average one."""
-        return self.observation.expected_counts(self._decoded(latent, batch), library, batch)
+    def features(self, latent: Tensor, library: Tensor, batch: Tensor) -> Tensor:  # noqa: ARG002 - a decoder's signature
+        """The decoder's last hidden layer; batch n_batches is the average one."""
+        return self.decoder(torch.cat([latent, self.batches(batch)], dim=1))
+
+    def sample_latent(self, n: int, generator: torch.Generator) -> Tensor:
+        """Standard normal."""
+        return torch.randn(n, self.hyperparameters.n_latent, generator=generator)
 
     def loss(self, example: Example) -> dict[str, Tensor]:
         """Evidence bound in nats per cell with one draw of the latent, and what else has a weight."""
         hp = self.hyperparameters
         batch = self.batches.known_or_average(example.batch)
-        features, entropy = self._features(example.counts)
+        features, entropy = self._encoded(example.counts)
         mean, log_variance = self.to_mean(features), self.to_log_variance(features).clamp(-8.0, 4.0)
         latent = mean + torch.exp(0.5 * log_variance) * torch.randn_like(mean)
-        decoded = self._decoded(latent, batch)
-        reconstruction = self.observation.loss(decoded, example.target, batch).sum(dim=1).mean()
+        decoded = self.features(latent, example.target.sum(dim=1), batch)
+        reconstruction = self.reconstruction(decoded, example.target, batch).mean()
         divergence = normal_divergence(mean, log_variance).sum(dim=1).mean()
         warm = min(1.0, (example.epoch + 1) / hp.kl_warmup_epochs) if hp.kl_warmup_epochs else 1.0
         losses = {"reconstruction": reconstruction, "divergence": divergence}
         weighted = [hp.reconstruction_weight * reconstruction, warm * hp.kl_weight * divergence]
-        if self.observation.has_gate:
-            losses["gate"] = self.observation.inflation(decoded).sum(dim=1).mean()
+        if self.likelihood.is_inflated:
+            losses["gate"] = self.inflation(decoded).sum(dim=1).mean()
             weighted.append(hp.gate_weight * losses["gate"])
         if entropy is not None:
             losses["mask_entropy"] = entropy
@@ -204,7 +185,7 @@ class AtlasVAE(Family):
         std = getattr(self.transform, "std", None)
         return weight if std is None else weight / std
 
-    def axes(self, names: Names) -> dict[str, tuple[Axis, ...]]:
+    def axes(self, names: Names) -> dict[str, tuple[Axis, ...]] | None:
         """Tensors whose shape depends on genes, batches or classes."""
         genes = tuple(("gene", gene) for gene in names.genes)
         inputs = tuple(("latent", str(i)) for i in range(self.hyperparameters.n_latent))
@@ -216,8 +197,10 @@ class AtlasVAE(Family):
                 values = tuple(("code", level.name, str(unit)) for unit in range(self.hyperparameters.batch_width))
             inputs += values
         axes["decoder.0.weight"] = (None, inputs)
-        batches = tuple(("batch", "", name) for name in _batch_names(self.dimensions))
-        axes |= {f"observation.{name}": found for name, found in self.observation.axes(genes, batches).items()}
+        heads = self.head_axes(genes, tuple(("batch", "", name) for name in _batch_names(self.dimensions)))
+        if heads is None:
+            return None
+        axes |= heads
         if isinstance(self.encoder, TabNet):
             axes["encoder.shared.0.weight"] = (None, genes)
             for i in range(len(self.encoder.choosers)):
@@ -230,7 +213,7 @@ class AtlasVAE(Family):
             axes |= {f"classifier.heads.{level}.weight": (known, None), f"classifier.heads.{level}.bias": (known,)}
         return axes
 
-    def _features(self, counts: Tensor) -> tuple[Tensor, Tensor | None]:
+    def _encoded(self, counts: Tensor) -> tuple[Tensor, Tensor | None]:
         """Features (n, n_features), and the entropy of TabNet's masks."""
         values, entropy = self.input_dropout(self.transform(counts)), None
         if isinstance(self.encoder, TabNet):
@@ -240,9 +223,6 @@ class AtlasVAE(Family):
         if self.hyperparameters.encode_library:
             features = torch.cat([features, torch.log(counts.sum(dim=1, keepdim=True) + 1.0)], dim=1)
         return features, entropy
-
-    def _decoded(self, latent: Tensor, batch: Tensor) -> Tensor:
-        return self.decoder(torch.cat([latent, self.batches(batch)], dim=1))
 
     def _discrepancy(self, mean: Tensor, batch: Tensor) -> Tensor:
         if self.hyperparameters.mmd == "flat":

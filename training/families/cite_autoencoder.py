@@ -8,6 +8,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from training.families.family import (
+    ClassifyingHyperparameters,
     Dimensions,
     Example,
     Family,
@@ -16,18 +17,17 @@ from training.families.family import (
     Imputed,
     Statistics,
     build_classifier,
-    input_transform,
     standard_graphs,
 )
 from training.likelihoods import squared_error
-from training.networks import BatchCode
+from training.networks import BatchCode, LogNormalise
 from training.protein import CentredLogRatio
 
 PROTEIN = "protein"
 Widths = tuple[Annotated[int, Field(gt=0)], ...]
 
 
-class CiteAutoencoderHyperparameters(Hyperparameters):
+class CiteAutoencoderHyperparameters(ClassifyingHyperparameters):
     """Hyper-parameters of `cite_autoencoder`."""
 
     hidden: Annotated[Widths, Field(min_length=1)] = (120,)
@@ -87,7 +87,8 @@ class CiteAutoencoder(Family):
         self.dimensions = dimensions
         antibodies = dimensions.obsm[hp.protein_key]
         self.imputes = (Imputed(PROTEIN, hp.protein_key, antibodies, "counts per cell of the antibody"),)
-        self.transform = input_transform(hp, statistics)
+        mean, std = (statistics.mean, statistics.std.clamp(min=hp.min_std)) if hp.scale else (None, None)
+        self.transform = LogNormalise(hp.target_sum, mean, std, hp.clip)
         self.protein_transform = CentredLogRatio(statistics.obsm[hp.protein_key])
         self.input_dropout = nn.Dropout(hp.input_dropout)
         self.encoder = _layers((dimensions.n_genes, *hp.hidden), hp.dropout, hp.layer_norm)

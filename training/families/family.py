@@ -1,15 +1,16 @@
 """What a family is: the interface that every file of this folder fills."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Annotated, ClassVar, Self
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
-from training.networks import Classifier, LogNormalise, class_weights
+from training.networks import Classifier, class_weights
 
 
 class Hyperparameters(BaseModel):
@@ -41,6 +42,10 @@ class Hyperparameters(BaseModel):
 
     clip: Annotated[float, Field(gt=0)] | None = None
     """Largest absolute value of the transformed input."""
+
+
+class ClassifyingHyperparameters(Hyperparameters):
+    """What families with a classifier on the latent have beside the rest."""
 
     classifier_weight: Annotated[float, Field(ge=0)] = 1.0
     """Weight of the cross-entropy of the labels beside the rest of the loss. 0 leaves out the classifier."""
@@ -96,6 +101,9 @@ class Statistics:
 
     obsm: Mapping[str, Tensor] = field(default_factory=dict)
     """Values of the training cells by key of `obsm`, float32 (n_training_cells, n_columns), NaN where unknown."""
+
+    largest_library: float = 1.0
+    """Most counts that a training cell has."""
 
 
 @dataclass(frozen=True)
@@ -171,14 +179,21 @@ class Family(nn.Module, ABC):
     imputes: tuple[Imputed, ...] = ()
     """What `decode` gives beside expression."""
 
+    own_levels: Mapping[str, tuple[str, ...]] = MappingProxyType({})
+    """Label levels that `classify` gives beside those of the data: names of the classes."""
+
     @abstractmethod
     def __init__(self, hyperparameters: Hyperparameters, dimensions: Dimensions, statistics: Statistics) -> None:
         """Build the module with random weights; every hyper-parameter must have an effect."""
         super().__init__()
+        self.classifier: Classifier | None = None
 
     @abstractmethod
     def loss(self, example: Example) -> dict[str, Tensor]:
         """Scalars by name: `loss` is minimised, the others are logged."""
+
+    def conclude(self, examples: Iterable[Example]) -> None:
+        """Learn what is not fitted by gradients, from the training cells, when the best epoch's weights are in."""
 
     @classmethod
     def obsm_keys(cls, hyperparameters: Hyperparameters) -> tuple[str, ...]:  # noqa: ARG003 - for families that need some
@@ -199,6 +214,14 @@ class Family(nn.Module, ABC):
     @abstractmethod
     def graphs(self) -> dict[str, Graph]:
         """Modules to export by the names of the manifest, all taking raw counts or what they give."""
+
+    def sample_latent(self, n: int, generator: torch.Generator) -> Tensor | None:  # noqa: ARG002 - for families with a prior
+        """Latents (n, n_latent) drawn from the prior; None for a family without one."""
+        return None
+
+    def clusters(self, counts: Tensor) -> Tensor | None:  # noqa: ARG002 - for families with a mixture
+        """Probabilities (n, n_clusters) of the mixture's components for raw counts (n, n_genes); None for a family without a mixture."""
+        return None
 
     @abstractmethod
     def gene_weight(self) -> Tensor:
@@ -241,14 +264,7 @@ class Classify(nn.Module):
         return tuple(torch.softmax(logits, dim=1) for logits in self.family.classifier(latent))
 
 
-def input_transform(hyperparameters: Hyperparameters, statistics: Statistics) -> LogNormalise:
-    """The input's transform as the hyper-parameters ask for it."""
-    hp = hyperparameters
-    mean, std = (statistics.mean, statistics.std.clamp(min=hp.min_std)) if hp.scale else (None, None)
-    return LogNormalise(hp.target_sum, mean, std, hp.clip)
-
-
-def build_classifier(hyperparameters: Hyperparameters, statistics: Statistics) -> Classifier | None:
+def build_classifier(hyperparameters: ClassifyingHyperparameters, statistics: Statistics) -> Classifier | None:
     """The classifier on the latent; None without labels or weight."""
     hp = hyperparameters
     if not (hp.classifier_weight and statistics.n_cells):

@@ -37,7 +37,27 @@ OTHER: dict[str, Any] = {
     "classifier_hidden": (6,),
     "class_weight_power": 1.0,
     "label_smoothing": 0.2,
-    "relu_latent": True,
+    "latent_activation": "softplus",
+    "orthogonality": 1.0,
+    "orthogonality_published": True,
+    "input_noise": 0.5,
+    "input": "log_counts",
+    "batch_norm": True,
+    "activation": "softplus",
+    "softplus_beta": 0.5,
+    "mean_activation": "softplus",
+    "n_components": 4,
+    "k_max": 2,
+    "posterior": "unit_variance",
+    "n_importance": 2,
+    "n_monte_carlo": 2,
+    "linear_decoder": True,
+    "count_sum": True,
+    "n_clusters": 4,
+    "covariance": "full",
+    "prior": "inferred",
+    "prior_probabilities": (0.5, 0.3, 0.2),
+    "free_nats": 1.0,
     "decoder_uses_batch": True,
     "reconstruction_weight": 3.0,
     "kl_weight": 3.0,
@@ -48,12 +68,11 @@ OTHER: dict[str, Any] = {
     "tabnet_steps": 2,
     "tabnet_gamma": 2.0,
     "tabnet_sparsity": 1.0,
-    "normalise_input": False,
     "encode_library": True,
     "decode_library": False,
     "batch_code": "one_hot",
     "batch_width": 3,
-    "likelihood": "nb",
+    "likelihood": "poisson",
     "dispersion": "gene_batch",
     "gate": "cell",
     "gate_weight": 3.0,
@@ -70,7 +89,17 @@ OTHER: dict[str, Any] = {
 }
 WITH: dict[str, dict[str, Any]] = {
     **{key: {"encoder": "tabnet"} for key in ("tabnet_steps", "tabnet_gamma", "tabnet_sparsity")},
-    "normalise_input": {"scale": False},
+    "input": {"scale": False},
+    "softplus_beta": {"activation": "softplus"},
+    "orthogonality_published": {"orthogonality": 1.0},
+    "decode_library": {"likelihood": "poisson"},
+    "mean_activation": {"likelihood": "poisson", "decode_library": False},
+    "n_components": {"likelihood": "gaussian_mixture"},
+    "k_max": {"likelihood": "poisson", "decode_library": False},
+    "dispersion": {"likelihood": "negative_binomial"},
+    "gate": {"likelihood": "zero_inflated_poisson"},
+    "gate_weight": {"likelihood": "zero_inflated_poisson"},
+    "prior_probabilities": {"prior": "custom", "prior_probabilities": (0.2, 0.3, 0.5)},
 }
 """What a hyper-parameter needs beside it."""
 PAIRS = [(name, key) for name, family in FAMILIES.items() for key in family.defaults.model_fields]
@@ -111,19 +140,28 @@ def example(n_cells: int = 6, n_latent: int = 4) -> Example:
 
 
 def behaviour(family: Family) -> list[bytes]:
-    """Loss while training and all outputs while serving, as bytes."""
+    """Loss while training, after a step of gradient descent too, and then all outputs while serving, as bytes."""
     torch.manual_seed(2)
     family.train()
     cells = example(n_latent=family.hyperparameters.n_latent)
-    loss = family.loss(cells)["loss"].detach()
+    optimizer = torch.optim.SGD(family.parameters(), lr=1e-3)
+    first = family.loss(cells)["loss"]
+    first.backward()
+    optimizer.step()
+    second = family.loss(cells)["loss"]
     family.eval()
-    graphs = family.graphs()
+    return [tensor.detach().numpy().tobytes() for tensor in (first, second, *outputs(family, cells).values())]
+
+
+def outputs(family: Family, cells: Example) -> dict[str, torch.Tensor]:
+    """Of all graphs, by name."""
+    known = {"counts": cells.counts, "library": cells.counts.sum(dim=1), "batch": cells.batch}
+    found: dict[str, torch.Tensor] = {}
     with torch.no_grad():
-        latent = graphs["encode"].module(cells.counts)
-        decoded = graphs["decode"].module(latent, cells.counts.sum(dim=1), cells.batch)
-        probabilities = graphs["classify"].module(latent)[0]
-    outputs = decoded if isinstance(decoded, tuple) else (decoded,)
-    return [tensor.numpy().tobytes() for tensor in (loss, latent, *outputs, probabilities)]
+        for graph in family.graphs().values():
+            values = graph.module(*(({**known, **found})[name] for name in graph.inputs))
+            found |= dict(zip(graph.outputs, values if isinstance(values, tuple) else (values,), strict=True))
+    return found
 
 
 def test_every_hyperparameter_is_tested() -> None:
@@ -163,19 +201,15 @@ def test_a_cell_does_not_depend_on_its_company(name: str) -> None:
 @pytest.mark.parametrize("scale", [0.0, 1e6])
 def test_empty_and_huge_cells_are_finite(name: str, scale: float) -> None:
     """Nothing divides by a library size of zero, and nothing overflows."""
-    family = build(name).eval()
     counts = torch.ones(2, N_GENES) * scale
-    with torch.no_grad():
-        latent = family.graphs()["encode"].module(counts)
-        decoded = family.graphs()["decode"].module(latent, counts.sum(dim=1), torch.tensor([0, 1]))
-        expression = decoded[0] if isinstance(decoded, tuple) else decoded
-        probabilities = family.graphs()["classify"].module(latent)[0]
-    assert all(bool(tensor.isfinite().all()) for tensor in (latent, expression, probabilities))
-    assert (expression >= 0).all()
-    torch.testing.assert_close(probabilities.sum(dim=1), torch.ones(2))
+    cells = Example(counts, counts, torch.tensor([0, 1]), torch.tensor([[0], [1]]), 0)
+    found = outputs(build(name).eval(), cells)
+    assert all(bool(tensor.isfinite().all()) for tensor in found.values())
+    assert (found["expression"] >= 0).all()
+    torch.testing.assert_close(found["probabilities_cell_type"].sum(dim=1), torch.ones(2))
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", [name for name in FAMILIES if name != "gmvae"])
 def test_unlabelled_cells_teach_the_classifier_nothing(name: str) -> None:
     """With no label at all the loss is finite and the heads get no gradient."""
     family = build(name)
