@@ -35,8 +35,10 @@ def log_likelihood(counts: Tensor, mean: Tensor, theta: Tensor) -> Tensor:
         mean: of the same shape, positive.
         theta: inverse dispersion, (n_genes,) or of the shape of `counts`.
     """
+    is_shared = theta.dim() == 1 and counts.shape == mean.shape and counts.dim() == 2
+    is_plain = counts.dtype == mean.dtype == theta.dtype and not counts.requires_grad
     # On a GPU finding the zeros costs more than all of the gammas, and a dispersion per cell leaves little to share.
-    if theta.dim() != 1 or counts.device.type != "cpu" or counts.shape != mean.shape or counts.requires_grad:
+    if not (is_shared and is_plain and counts.device.type == "cpu"):
         return plain(counts, mean, theta)
     return _Sparse.apply(counts, mean, theta)  # type: ignore[no-any-return, no-untyped-call]
 
