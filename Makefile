@@ -45,7 +45,7 @@ TEST_IMAGE = CELLSERVE_TEST_IMAGE=$(IMAGE) CELLSERVE_TEST_ENGINE="$(ENGINE) $(EN
 SAFE_OPTIONS = --read-only --tmpfs /tmp --cap-drop ALL --security-opt no-new-privileges
 
 .PHONY: help setup setup-serve serve train evaluate export reproduce test lint bench bento image image-gpu image-bentoml run-image test-image \
-  bench-image bench-stages bench-servers docs examples lock clean
+  bench-image bench-stages bench-servers bench-training bench-quality bench-out-of-core docs examples lock clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -84,6 +84,16 @@ lint: $(DEV)/.ready  ## ruff, mypy in strict mode, the architecture's contracts,
 bench: $(DEV)/.ready $(SERVE)/.ready $(BENCH)/.ready  ## benchmarks/, both sides in one run, as ratios
 	CELLSERVE_TEST_SERVER_PYTHON=$(SERVE)/bin/python CELLSERVE_BENCH_PYTHON=$(BENCH)/bin/python \
 	  $(DEV)/bin/python -m benchmarks.embed_http
+
+bench-training: $(DEV)/.ready $(BENCH)/.ready  ## cells per second of a training epoch beside scvi-tools (BENCH_DEVICE=cuda on a GPU)
+	CELLSERVE_BENCH_PYTHON=$(BENCH)/bin/python $(DEV)/bin/python -m benchmarks.training_speed --device $(or $(BENCH_DEVICE),cpu) \
+	  --output benchmarks/training_speed$(if $(filter cuda,$(BENCH_DEVICE)),_cuda).json
+
+bench-quality: $(DEV)/.ready $(BENCH)/.ready  ## accuracy and integration beside scvi-tools and plain baselines, three seeds
+	CELLSERVE_BENCH_PYTHON=$(BENCH)/bin/python $(DEV)/bin/python -m benchmarks.quality
+
+bench-out-of-core: $(DEV)/.ready  ## an epoch on a zarr of a million cells: seconds and peak memory
+	$(DEV)/bin/python -m benchmarks.out_of_core
 
 bento: $(SERVE)/.ready  ## build a bento of the service and the models
 	rm -rf "$(BENTO)" && mkdir -p .cache

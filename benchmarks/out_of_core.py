@@ -1,6 +1,7 @@
-"""Train one epoch on a zarr that does not fit: `python -m benchmarks.out_of_core [--cells 1000000]`; prints seconds and peak memory.
+"""Train one epoch on a zarr that does not fit: `make bench-out-of-core`; prints and writes seconds and peak memory.
 
-The zarr is made in a scratch directory and deleted afterwards. Training runs in a process of its own, so that its peak is its own.
+The zarr is made in a scratch directory and deleted afterwards, or kept and used again where `--zarr` says. Training runs in a process of its
+own, so that its peak is its own.
 """
 
 import argparse
@@ -13,9 +14,12 @@ import tempfile
 import time
 import warnings
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
+
+from benchmarks.machine import machine
 
 N_GENES, PER_CELL, BLOCK = 20_000, 600, 20_000
 
@@ -91,43 +95,70 @@ def train(path: Path, output: Path, n_epochs: int) -> dict[str, float]:
 
 
 def main() -> None:
-    """Generate, train, delete."""
+    """Generate, train, write, delete."""
     arguments = argparse.ArgumentParser(description=__doc__)
     arguments.add_argument("--cells", type=int, default=1_000_000)
     arguments.add_argument("--epochs", type=int, default=1)
-    arguments.add_argument("--scratch", type=Path, default=None, help="where the zarr goes; default: the system's")
-    arguments.add_argument("--train", type=Path, help=argparse.SUPPRESS)
+    arguments.add_argument("--scratch", type=Path, default=None, help="where all files go; default: the system's")
+    arguments.add_argument("--zarr", type=Path, help="make the cells here, or use those that are here, and keep them")
+    arguments.add_argument("--output", type=Path, default=Path(__file__).with_suffix(".json"))
+    arguments.add_argument("--train", nargs=2, type=Path, help=argparse.SUPPRESS)
     found = arguments.parse_args()
     if found.train:
-        print(json.dumps(train(found.train / "big.zarr", found.train / "run", found.epochs)))
+        print(json.dumps(train(*found.train, found.epochs)))
         return
     scratch = Path(tempfile.mkdtemp(dir=found.scratch))
+    path = found.zarr or scratch / "big.zarr"
     try:
-        started = time.perf_counter()
-        n_values = write_zarr(scratch / "big.zarr", found.cells)
-        n_bytes = sum(file.stat().st_size for file in (scratch / "big.zarr").rglob("*") if file.is_file())
-        print(
-            f"{found.cells:,} cells x {N_GENES:,} genes, {n_values:,} values, {n_bytes / 1e9:.2f} GB, made in "
-            f"{time.perf_counter() - started:.0f} s; in memory it would be {n_values * 8 / 2**30:.1f} GiB",
-            flush=True,
-        )
-        command = [
-            sys.executable,
-            "-m",
-            "benchmarks.out_of_core",
-            "--train",
-            str(scratch),
-            "--epochs",
-            str(found.epochs),
-        ]
-        answer = subprocess.run(command, check=True, capture_output=True, text=True)
-        figures = json.loads(answer.stdout.splitlines()[-1])
-        print(
-            f"{found.epochs} epoch(s) of {figures['n_training_cells']:,.0f} cells in {figures['seconds_of_epochs']:.0f} s "
-            f"(with reading, genes and split {figures['seconds']:.0f} s); peak memory {figures['peak_gib']:.2f} GiB"
-        )
+        if not path.exists():
+            started = time.perf_counter()
+            write_zarr(path, found.cells)
+            print(f"made {path.name} in {time.perf_counter() - started:.0f} s", flush=True)
+        result = measure(path, scratch / "run", found.epochs)
     finally:
         shutil.rmtree(scratch)
+    found.output.write_text(json.dumps(result, indent=2) + "\n")
+    print(
+        f"{result['n_cells']:,} cells x {N_GENES:,} genes, {result['n_values']:,} values, {result['stored_gb']} GB on disk, "
+        f"{result['in_memory_gib']} GiB as a sparse matrix in memory"
+    )
+    print(
+        f"{found.epochs} epoch(s) of {result['n_training_cells']:,} cells in {result['seconds_of_epochs']} s (with reading, genes and split "
+        f"{result['seconds']} s); peak memory {result['peak_gib']} GiB"
+    )
+
+
+def measure(path: Path, output: Path, n_epochs: int) -> dict[str, Any]:
+    """Train on the zarr at `path` in a process of its own."""
+    import zarr
+
+    group = zarr.open_group(path, mode="r")
+    n_values = int(group["X/data"].shape[0])
+    n_bytes = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+    command = [
+        sys.executable,
+        "-m",
+        "benchmarks.out_of_core",
+        "--train",
+        str(path),
+        str(output),
+        "--epochs",
+        str(n_epochs),
+    ]
+    figures = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()[-1])
+    return {
+        "machine": machine(),
+        "n_cells": int(group["X/indptr"].shape[0]) - 1,
+        "n_genes": N_GENES,
+        "n_values": n_values,
+        "stored_gb": round(n_bytes / 1e9, 2),
+        "in_memory_gib": round(n_values * 8 / 2**30, 2),
+        "n_epochs": n_epochs,
+        "n_training_cells": figures["n_training_cells"],
+        "seconds_of_epochs": round(figures["seconds_of_epochs"], 1),
+        "seconds": round(figures["seconds"], 1),
+        "peak_gib": round(figures["peak_gib"], 2),
+    }
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ import re
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 from service import metrics
 from service.api import openapi, problems
@@ -162,12 +163,84 @@ def image() -> str:
     )
 
 
+def training_speed() -> str:
+    """benchmarks/training_speed.json, which `make bench-training` writes."""
+    result = json.loads((ROOT / "benchmarks/training_speed.json").read_text())
+    rows = []
+    for name, row in result["cells_per_second"].items():
+        ours, theirs = row["ours"], row["scvi_tools"]
+        for part, title in {"steps": "training steps", "epoch": "whole epoch"}.items():
+            rates = (f"{ours[part]:,.0f}", f"{theirs[part]:,.0f}", f"{ours[part] / theirs[part]:.2f}")
+            rows.append((name, title, *rates, f"{ours['peak_gib']:.2f} / {theirs['peak_gib']:.2f}"))
+    header = (
+        "data, likelihood",
+        "what is timed",
+        "cells/s",
+        "scvi-tools, cells/s",
+        "ratio",
+        "peak memory in GiB, ours / theirs",
+    )
+    shapes = "; ".join(
+        f"{name}: {row['n_cells']:,} cells x {row['n_genes']:,} genes, {row['nonzero_per_cell']} counts per cell that are not zero"
+        for name, row in result["cells_per_second"].items()
+    )
+    return (
+        f"{_table(header, rows)}\n{shapes}. {result['n_threads']} thread of {result['machine']['processor']}, medians of "
+        f"{result['rounds']} runs in turns.\n"
+    )
+
+
+def out_of_core() -> str:
+    """benchmarks/out_of_core.json, which `make bench-out-of-core` writes."""
+    found = json.loads((ROOT / "benchmarks/out_of_core.json").read_text())
+    rows = [
+        ("cells x genes", f"{found['n_cells']:,} x {found['n_genes']:,}"),
+        (
+            "size of the zarr in GB; of its sparse matrix in memory in GiB",
+            f"{found['stored_gb']}; {found['in_memory_gib']}",
+        ),
+        (
+            "seconds of the epoch; with reading, choosing genes and splitting",
+            f"{found['seconds_of_epochs']}; {found['seconds']}",
+        ),
+        ("peak memory of the process in GiB", f"{found['peak_gib']}"),
+    ]
+    return _table(("", "one epoch of `vae`, 2,000 genes, one thread"), rows)
+
+
+def transfer() -> str:
+    """Accuracies in benchmarks/quality.json, which `make bench-quality` writes."""
+    found = json.loads((ROOT / "benchmarks/quality.json").read_text())["cell_lines"]["transfer"]
+    methods = next(iter(found.values()))["accuracy"]
+    header = (
+        "accuracy on the query",
+        *(f"{task} ({row['n_reference']:,} → {row['n_query']:,} cells)" for task, row in found.items()),
+    )
+    return _table(header, ((name, *(_median(row["accuracy"][name]) for row in found.values())) for name in methods))
+
+
+def integration() -> str:
+    """Figures of scib-metrics in benchmarks/quality.json."""
+    found = json.loads((ROOT / "benchmarks/quality.json").read_text())["cell_lines"]["integration"]
+    rows = ((name, *(_median(row[part]) for part in ("batch", "bio", "total"))) for name, row in found.items())
+    return _table(("latent", "batch correction", "bio conservation", "total"), rows)
+
+
+def _median(figure: dict[str, Any]) -> str:
+    seeds = figure["seeds"]
+    return f"{figure['median']:.3f}" + (f" ({min(seeds):.3f} to {max(seeds):.3f})" if len(seeds) > 1 else "")
+
+
 PARTS: dict[str, Callable[[], str]] = {
     "settings": settings,
     "evaluation": evaluation,
     "benchmark": benchmark,
     "image": image,
     "stages": stages,
+    "training_speed": training_speed,
+    "out_of_core": out_of_core,
+    "transfer": transfer,
+    "integration": integration,
     "metrics": metric_families,
     "errors": errors,
     "tasks": tasks,

@@ -362,12 +362,15 @@ def choose_accelerator(device: str) -> str:
 
 @contextmanager
 def _threads(n_threads: int) -> Iterator[None]:
-    before = torch.get_num_threads()
+    before, fill = torch.get_num_threads(), torch.utils.deterministic.fill_uninitialized_memory
     torch.set_num_threads(n_threads)
+    # With deterministic algorithms torch would write NaN into every tensor before its values are computed.
+    torch.utils.deterministic.fill_uninitialized_memory = False
     try:
         yield
     finally:
         torch.set_num_threads(before)
+        torch.utils.deterministic.fill_uninitialized_memory = fill
 
 
 class _Interrupt(lightning.Callback):

@@ -23,6 +23,8 @@ from torch.distributions import (
 )
 from torch.nn.functional import softplus
 
+from training import sparse_negative_binomial
+
 _ONE = torch.Size()
 _EPSILON = 1e-8
 _MAX_LOG = 10.0
@@ -65,15 +67,7 @@ class NegativeBinomial(Distribution):
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Of raw counts."""
-        mean, theta = self._mean, self._theta
-        log_total = torch.log(theta + mean + _EPSILON)
-        return (
-            theta * (torch.log(theta + _EPSILON) - log_total)
-            + value * (torch.log(mean + _EPSILON) - log_total)
-            + torch.lgamma(value + theta)
-            - torch.lgamma(theta)
-            - torch.lgamma(value + 1)
-        )
+        return sparse_negative_binomial.log_likelihood(value, self._mean, self._theta)
 
     def sample(self, sample_shape: torch.Size = _ONE) -> Tensor:
         """A Poisson count whose rate is drawn from a gamma distribution."""

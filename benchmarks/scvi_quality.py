@@ -1,0 +1,82 @@
+"""The scvi-tools side of quality.py; runs in an environment of its own (requirements/benchmark.txt) and knows nothing of this project.
+
+Arguments: cells.h5ad answers.npz mode seed n_threads. `obs` has batch, label and part ("reference" or "query"). Modes:
+
+    scarches    SCVI and SCANVI on the reference, then SCANVI.load_query_data on the query: the settings of scvi-tools' own tutorial
+    joint       SCVI on all cells; SCANVI from it with the query's labels hidden, and SCANVI from it with all labels
+
+Every model is trained for the epochs that scvi-tools chooses, SCVI with its early stopping. Answers: arrays (n_cells, n_latent) called
+SCVI and SCANVI, and predicted labels (n_query,) called labels, or labels/<task> in joint mode, where obs["part_<task>"] says which cells
+are whose.
+"""
+
+import logging
+import sys
+import time
+import warnings
+
+import anndata as ad
+import numpy as np
+import scvi
+
+HIDDEN = "Unknown"
+SCARCHES = {
+    "use_layer_norm": "both",
+    "use_batch_norm": "none",
+    "encode_covariates": True,
+    "dropout_rate": 0.2,
+    "n_layers": 2,
+}
+QUIET = {"enable_progress_bar": False, "logger": False, "accelerator": "cpu"}
+
+
+def supervised(model: scvi.model.SCVI, adata: ad.AnnData, labels: str) -> scvi.model.SCANVI:
+    """SCANVI that goes on from SCVI, as the tutorials train it."""
+    made = scvi.model.SCANVI.from_scvi_model(model, unlabeled_category=HIDDEN, adata=adata, labels_key=labels)
+    made.train(max_epochs=20, n_samples_per_label=100, **QUIET)
+    return made
+
+
+def scarches(adata: ad.AnnData) -> dict[str, np.ndarray]:
+    """Map the query onto a model of the reference."""
+    reference = adata[adata.obs["part"] == "reference"].copy()
+    query = adata[adata.obs["part"] == "query"].copy()
+    scvi.model.SCVI.setup_anndata(reference, batch_key="batch")
+    base = scvi.model.SCVI(reference, **SCARCHES)
+    base.train(early_stopping=True, **QUIET)
+    model = supervised(base, reference, "label")
+    query.obs["label"] = HIDDEN
+    mapped = scvi.model.SCANVI.load_query_data(query, model)
+    mapped.train(max_epochs=100, plan_kwargs={"weight_decay": 0.0}, **QUIET)
+    return {"labels": mapped.predict().astype(str)}
+
+
+def joint(adata: ad.AnnData) -> dict[str, np.ndarray]:
+    """One SCVI of all cells, and what SCANVI makes of it when labels are hidden, task by task."""
+    adata.obs["known"] = adata.obs["label"].astype(str)
+    scvi.model.SCVI.setup_anndata(adata, batch_key="batch")
+    base = scvi.model.SCVI(adata)
+    base.train(early_stopping=True, **QUIET)
+    answers = {"SCVI": base.get_latent_representation()}
+    answers["SCANVI"] = supervised(base, adata, "known").get_latent_representation()
+    for column in [name for name in adata.obs if name.startswith("part_")]:
+        kept = adata[(adata.obs[column] != "unused").to_numpy()].copy()
+        kept.obs["shown"] = np.where(kept.obs[column] == "query", HIDDEN, kept.obs["label"].astype(str))
+        found = supervised(base, kept, "shown").predict()
+        answers[f"labels/{column.removeprefix('part_')}"] = found[(kept.obs[column] == "query").to_numpy()].astype(str)
+    return answers
+
+
+def main(path: str, output: str, mode: str, seed: str, n_threads: str) -> None:
+    """Train and write."""
+    started = time.perf_counter()
+    scvi.settings.num_threads = int(n_threads)
+    scvi.settings.seed = int(seed)
+    np.savez(output, **{"scarches": scarches, "joint": joint}[mode](ad.read_h5ad(path)))
+    print(f"{mode} {seed}: {time.perf_counter() - started:.0f} s", flush=True)
+
+
+if __name__ == "__main__":
+    logging.disable(logging.WARNING)
+    warnings.filterwarnings("ignore")
+    main(*sys.argv[1:])
