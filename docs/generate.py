@@ -97,7 +97,7 @@ def example(name: str) -> str:
 
 def evaluation() -> str:
     """docs/evaluation.json, which `make evaluate` writes."""
-    rows = json.loads((ROOT / "docs/evaluation.json").read_text())
+    rows = json.loads((ROOT / "docs/evaluation.json").read_text())["annotation"]
     titles = {
         "ours": "cellserve",
         "logistic_regression": "logistic regression, C=1",

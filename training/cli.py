@@ -4,7 +4,7 @@ import sys
 import tempfile
 import warnings
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.console import Console
@@ -14,13 +14,13 @@ from service.contract import artifact
 from service.contract.store import Store
 from service.errors import CellserveError
 from training import config as configuration
-from training import evaluate as evaluation
 from training import export as exporting
 from training import fit as fitting
 from training import parity, run, start, transfer, transfer_cli
 from training.data import errors as data_errors
 from training.data import reference, registry
 from training.data.readers import pbmc3k
+from training.evaluation import command as evaluation
 from training.importers import command as importing
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="Train, evaluate and export reference models.")
@@ -31,8 +31,8 @@ USER_ERRORS = (
     CellserveError,
     *importing.USER_ERRORS,
     *data_errors.USER_ERRORS,
+    *evaluation.USER_ERRORS,
     configuration.InvalidConfig,
-    evaluation.NoLabels,
     exporting.ArtifactTooLarge,
     fitting.DeviceUnavailable,
     fitting.LossNotFinite,
@@ -95,13 +95,6 @@ def fit(
 
 
 @app.command()
-def evaluate(directory: RunPath) -> None:
-    """Print accuracy and macro-F1 beside logistic regression on the same cells and genes, within and across data sets."""
-    rows = evaluation.evaluate(run.load(directory), directory, lambda line: console.print(f"[dim]{line}[/dim]"))
-    console.print(evaluation_table(rows))
-
-
-@app.command()
 def export(
     directory: RunPath,
     version: Annotated[str | None, typer.Option("--version", help="Default: the next integer.")] = None,
@@ -138,21 +131,7 @@ def reproduce(config: ConfigPath, store: StorePath = Path("models_store"), setti
 
 
 transfer_cli.register(app)
-
-
-def evaluation_table(rows: list[dict[str, Any]]) -> Table:
-    """Accuracy / macro-F1 per query and method."""
-    methods = [name for name in rows[0] if name not in ("query", "n_cells")]
-    titles = {
-        "logistic_regression": "LR, C=1",
-        "logistic_regression_tuned": "LR, C tuned",
-        "logistic_regression_balanced": "LR, C tuned, balanced",
-    }
-    table = Table("query", "cells", *(titles.get(name, name) for name in methods), title="accuracy / macro-F1")
-    for row in rows:
-        figures = [f"{row[method]['accuracy']:.3f} / {row[method]['macro_f1']:.3f}" for method in methods]
-        table.add_row(row["query"], f"{row['n_cells']:,}", *figures)
-    return table
+evaluation.register(app)
 
 
 def main() -> None:

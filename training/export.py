@@ -8,7 +8,7 @@ from service.contract.store import DEFAULT, ModelId, Store
 from service.inference import model as serving
 from service.inference.session import Runtime
 from training import card
-from training.evaluate import score_within
+from training.evaluation.annotation import score_within
 from training.manifest import build
 from training.run import Run
 

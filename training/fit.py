@@ -26,7 +26,7 @@ from training.progress import MetricsLog, ProgressBar
 CHECKPOINTS = "checkpoints"
 BEST, LAST = "best", "last"
 METRICS = "metrics.csv"
-_VALIDATION_EPOCH = 1_000_000
+VALIDATION_EPOCH = 1_000_000
 """The epoch that a validation loss is computed for: all warm-up is over, so that epochs can be compared."""
 
 LARGE_LIBRARY = 1_000_000
@@ -97,7 +97,7 @@ class Fitting(lightning.LightningModule):
     def validation_step(self, batch: Minibatch, batch_idx: int) -> None:
         """Loss of one minibatch of validation cells, uncorrupted."""
         counts = batch.counts()
-        example = Example(counts, counts, batch.batch, batch.labels, _VALIDATION_EPOCH, batch.obsm)
+        example = Example(counts, counts, batch.batch, batch.labels, VALIDATION_EPOCH, batch.obsm)
         losses = self.family.loss(example)
         if not bool(torch.isfinite(losses["loss"])):
             place = f"epoch {self.current_epoch + 1}, validation step {batch_idx + 1}"

@@ -1,6 +1,5 @@
-"""How good a run is, beside logistic regression on the same cells and genes."""
+"""How well a run annotates, beside logistic regression on the same cells and genes."""
 
-import json
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -25,7 +24,6 @@ from training.families.family import Family
 from training.manifest import build
 from training.run import Run
 
-EVALUATION = "evaluation.json"
 C_GRID = (0.001, 0.01, 0.1, 1.0)
 REGRESSIONS: dict[str, tuple[tuple[float, ...], str | None]] = {
     "logistic_regression": ((1.0,), None),
@@ -37,10 +35,6 @@ REGRESSIONS: dict[str, tuple[tuple[float, ...], str | None]] = {
 Labels = NDArray[np.int64]
 Predict = Callable[[sp.csr_matrix], Labels]
 """Raw counts over the model's genes to classes, as numbers."""
-
-
-class NoLabels(Exception):
-    """A run without labels cannot be scored."""
 
 
 def score_within(run: Run, model: Model) -> dict[str, float]:
@@ -63,35 +57,40 @@ def query_sets(run: Run) -> dict[str, NDArray[np.int64]]:
     return {name: positions for name, positions in sets.items() if len(positions)}
 
 
-def evaluate(run: Run, directory: Path, show: Callable[[str], object] = str) -> list[dict[str, object]]:
-    """Score the run, and the same configuration across sets, beside logistic regression; also written to evaluation.json.
+def compare_methods(run: Run, is_across: bool = True, show: Callable[[str], object] = str) -> list[dict[str, object]]:
+    """Score the run, and the same configuration across sets, beside logistic regression.
 
     Args:
-        run: a finished run with labels.
-        directory: of the run.
+        run: a finished run.
+        is_across: train on each data set alone too, and annotate the others with what comes of it.
         show: told what is being done.
 
     Returns:
-        One row per query: name, number of cells, and accuracy and macro-F1 of ours and of each of REGRESSIONS.
-
-    Raises:
-        NoLabels: there is nothing to score.
+        One row per query: name, number of cells, and accuracy and macro-F1 of ours and of each of REGRESSIONS. Empty for a run without a
+        classifier.
     """
     if "classify" not in run.family.graphs():
-        raise NoLabels(f"{directory} has no classifier. Give the configuration labels and a classifier_weight above 0.")
+        return []
     rows = []
     with tempfile.TemporaryDirectory() as scratch:
         manifest, contents = build(run, "evaluated")
         model = serving.load(artifact.read(artifact.write(Path(scratch), manifest, contents)), Runtime())
-    show("within sets")
+    show("annotation within sets")
     methods = {"ours": served(model), **regressions(run.prepared)}
     for name, positions in query_sets(run).items():
         rows.append(_row(run.config, name, run.reference[positions], run.prepared, methods))
-    for source in run.config.datasets if len(run.config.datasets) > 1 else ():
-        show(f"trained on {source} only")
+    for source in run.config.datasets if is_across and len(run.config.datasets) > 1 else ():
+        show(f"annotation trained on {source} only")
         rows += _across(run, source)
-    (directory / EVALUATION).write_text(json.dumps(rows, indent=1) + "\n")
     return rows
+
+
+def annotate(run: Run, family: Family) -> dict[str, dict[str, float]]:
+    """Accuracy and macro-F1 of any model of the run through torch, by query; empty without a classifier."""
+    if family.classifier is None:
+        return {}
+    queries = query_sets(run).items()
+    return {name: score(run.config, run.reference[rows], run.prepared, trained(family)) for name, rows in queries}
 
 
 def _across(run: Run, source: str) -> list[dict[str, object]]:
