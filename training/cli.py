@@ -17,7 +17,7 @@ from training import config as configuration
 from training import evaluate as evaluation
 from training import export as exporting
 from training import fit as fitting
-from training import parity, run, start, transfer, transfer_cli
+from training import loggers, parity, run, start, transfer, transfer_cli
 from training.data import errors as data_errors
 from training.data import reference, registry
 from training.data.readers import pbmc3k
@@ -36,6 +36,7 @@ USER_ERRORS = (
     exporting.ArtifactTooLarge,
     fitting.DeviceUnavailable,
     fitting.LossNotFinite,
+    loggers.LoggerUnavailable,
     parity.OutsideTolerance,
     pbmc3k.CountsNotRestored,
     reference.NoCommonGenes,
@@ -81,10 +82,14 @@ def fit(
     precision: Annotated[
         str | None, typer.Option("--precision", help="32-true, bf16-mixed, 16-mixed, 64-true.")
     ] = None,
+    log: Annotated[
+        list[str] | None,
+        typer.Option("--log", help="tensorboard or mlflow, beside metrics.csv; may be given several times."),
+    ] = None,
     settings: Settings = None,
 ) -> None:
     """Train a model and write a run directory. Ctrl-C ends it after the running epoch and keeps the best model so far."""
-    flags = {"fit.device": device, "fit.precision": precision}
+    flags = {"fit.device": device, "fit.precision": precision, "fit.loggers": f"[{', '.join(log)}]" if log else None}
     overrides = [*(settings or []), *(f"{key}={value}" for key, value in flags.items() if value)]
     made = run.fit(configuration.load(config, tuple(overrides)), output, resume)
     found = made.provenance
