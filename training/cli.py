@@ -22,6 +22,8 @@ from training.data import errors as data_errors
 from training.data import reference, registry
 from training.data.readers import pbmc3k
 from training.importers import command as importing
+from training.report import command as watching
+from training.report import report as reporting
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="Train, evaluate and export reference models.")
 app.add_typer(importing.app, name="import")
@@ -86,6 +88,9 @@ def fit(
         list[str] | None,
         typer.Option("--log", help="tensorboard or mlflow, beside metrics.csv; may be given several times."),
     ] = None,
+    with_report: Annotated[
+        bool, typer.Option("--report", help="Write report.html and plots/ into OUTPUT when training has ended.")
+    ] = False,
     settings: Settings = None,
 ) -> None:
     """Train a model and write a run directory. Ctrl-C ends it after the running epoch and keeps the best model so far."""
@@ -97,6 +102,8 @@ def fit(
         f"{output}: best epoch {found['best_epoch'] + 1} of {found['n_epochs']}, validation loss "
         f"{found['best_validation_loss']:.4f}, {found['seconds']:.0f} s"
     )
+    if with_report:
+        watching.write_report(made, output, output / reporting.REPORT, output / reporting.PLOTS)
 
 
 @app.command()
@@ -143,6 +150,7 @@ def reproduce(config: ConfigPath, store: StorePath = Path("models_store"), setti
 
 
 transfer_cli.register(app)
+watching.register(app)
 
 
 def evaluation_table(rows: list[dict[str, Any]]) -> Table:
