@@ -16,12 +16,14 @@ from service.errors import CellserveError
 from training import config as configuration
 from training import export as exporting
 from training import fit as fitting
-from training import parity, run, start, transfer, transfer_cli
+from training import loggers, parity, run, start, transfer, transfer_cli
 from training.data import errors as data_errors
 from training.data import reference, registry
 from training.data.readers import pbmc3k
 from training.evaluation import command as evaluation
 from training.importers import command as importing
+from training.report import command as watching
+from training.report import report as reporting
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="Train, evaluate and export reference models.")
 app.add_typer(importing.app, name="import")
@@ -36,6 +38,7 @@ USER_ERRORS = (
     exporting.ArtifactTooLarge,
     fitting.DeviceUnavailable,
     fitting.LossNotFinite,
+    loggers.LoggerUnavailable,
     parity.OutsideTolerance,
     pbmc3k.CountsNotRestored,
     reference.NoCommonGenes,
@@ -81,10 +84,17 @@ def fit(
     precision: Annotated[
         str | None, typer.Option("--precision", help="32-true, bf16-mixed, 16-mixed, 64-true.")
     ] = None,
+    log: Annotated[
+        list[str] | None,
+        typer.Option("--log", help="tensorboard or mlflow, beside metrics.csv; may be given several times."),
+    ] = None,
+    with_report: Annotated[
+        bool, typer.Option("--report", help="Write report.html and plots/ into OUTPUT when training has ended.")
+    ] = False,
     settings: Settings = None,
 ) -> None:
     """Train a model and write a run directory. Ctrl-C ends it after the running epoch and keeps the best model so far."""
-    flags = {"fit.device": device, "fit.precision": precision}
+    flags = {"fit.device": device, "fit.precision": precision, "fit.loggers": f"[{', '.join(log)}]" if log else None}
     overrides = [*(settings or []), *(f"{key}={value}" for key, value in flags.items() if value)]
     made = run.fit(configuration.load(config, tuple(overrides)), output, resume)
     found = made.provenance
@@ -92,6 +102,8 @@ def fit(
         f"{output}: best epoch {found['best_epoch'] + 1} of {found['n_epochs']}, validation loss "
         f"{found['best_validation_loss']:.4f}, {found['seconds']:.0f} s"
     )
+    if with_report:
+        watching.write_report(made, output, output / reporting.REPORT, output / reporting.PLOTS)
 
 
 @app.command()
@@ -132,6 +144,7 @@ def reproduce(config: ConfigPath, store: StorePath = Path("models_store"), setti
 
 transfer_cli.register(app)
 evaluation.register(app)
+watching.register(app)
 
 
 def main() -> None:

@@ -11,6 +11,7 @@ from training.data.splits import HELD_OUT, METHODS
 from training.families import FAMILIES
 
 Share = Annotated[float, Field(gt=0, lt=1)]
+LoggerName = Literal["tensorboard", "mlflow"]
 
 
 class InvalidConfig(Exception):
@@ -192,6 +193,9 @@ class Fit(Strict):
 
     deterministic: bool = True
     """Use deterministic algorithms only; an operation without one is an error."""
+
+    loggers: tuple[LoggerName, ...] = ()
+    """Where losses are recorded beside metrics.csv, as files in the run directory. They change nothing of the run."""
 
     @model_validator(mode="after")
     def _check(self) -> "Fit":

@@ -16,6 +16,7 @@ import lightning
 import torch
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 
+from training import loggers
 from training.config import Config
 from training.data.minibatches import Cells, DeviceCells, Minibatch, Minibatches
 from training.data.prepared import NoTrainingCells, Prepared
@@ -103,6 +104,11 @@ class Fitting(lightning.LightningModule):
             place = f"epoch {self.current_epoch + 1}, validation step {batch_idx + 1}"
             raise LossNotFinite(explain_loss(losses, batch, counts, self.family, self.config, place))
         self._add(losses, len(counts))
+
+    @property
+    def parts(self) -> dict[str, float]:
+        """Means of the loss and its parts over the cells of this epoch so far; reading them waits for the device."""
+        return {name: float(total) / self._n_cells for name, total in self._sums.items()}
 
     def configure_optimizers(self) -> dict[str, Any]:
         """AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101) and the schedule of its learning rate."""
@@ -233,6 +239,9 @@ def fit(
     latest = ModelCheckpoint(folder, LAST, enable_version_counter=False)
     interrupt = _Interrupt()
     bar = [ProgressBar()] if show_progress else []
+    last = folder / f"{LAST}.ckpt"
+    is_resumed = resume and last.exists()
+    first_step = int(torch.load(last, map_location="cpu", weights_only=True)["global_step"]) if is_resumed else 0
     trainer = lightning.Trainer(
         accelerator=accelerator,
         devices=config.fit.n_devices,
@@ -251,7 +260,8 @@ def fit(
             interrupt,
             *bar,
         ],
-        logger=False,
+        logger=loggers.build(config, directory, is_resumed, first_step) or False,
+        log_every_n_steps=1,  # losses are logged by epoch; Lightning warns of a number beyond the steps of one
         enable_progress_bar=False,
         enable_model_summary=False,
         num_sanity_val_steps=0,
@@ -261,7 +271,6 @@ def fit(
     device = torch.device("cuda") if accelerator == "cuda" and has_room(config, prepared) else None
     train = Minibatches(prepared.train, rows, seed, progress.epoch, config.fit.balance, device, share)
     validation = Minibatches(prepared.validation, rows, seed, device=device, share=share)
-    last = folder / f"{LAST}.ckpt"
     with interrupt, _threads(config.fit.n_threads), warnings.catch_warnings():
         # Lightning 2.6 looks at the leaves of torch's trees in a way that torch 2.13 has deprecated.
         warnings.filterwarnings("ignore", r"`isinstance\(treespec, LeafSpec\)`", FutureWarning)
@@ -272,7 +281,7 @@ def fit(
                 module,
                 train,
                 validation,
-                ckpt_path=last if resume and last.exists() else None,
+                ckpt_path=last if is_resumed else None,
                 weights_only=True,
             )
         except LossNotFinite as error:

@@ -3,18 +3,33 @@
 
 import csv
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import lightning
+from rich.console import RenderableType
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.text import Text
+
+
+class _Bar(Progress):
+    """A bar with a line of text below."""
+
+    line = ""
+
+    def get_renderables(self) -> Iterable[RenderableType]:
+        """The bar, and the line where there is one."""
+        yield from super().get_renderables()
+        if self.line:
+            yield Text(self.line, style="dim")
 
 
 class ProgressBar(lightning.Callback):
-    """One bar over all epochs with loss, cells per second and the time left, should early stopping spare no epoch."""
+    """One bar over all epochs with loss, cells per second and the time left, should early stopping spare no epoch; below, the loss's parts."""
 
     def __init__(self) -> None:
-        self._progress = Progress(
+        self._progress = _Bar(
             TextColumn("epoch {task.fields[epoch]}"),
             BarColumn(bar_width=16),
             TextColumn("loss {task.fields[loss]:.4g} | validation {task.fields[validation]:.4g}"),
@@ -43,6 +58,8 @@ class ProgressBar(lightning.Callback):
         # Reading the loss waits for the device, so it is done once in a while.
         if batch_idx % 10 == 0:
             self._fields["loss"] = float(outputs["loss"])
+            parts = {name: value for name, value in pl_module.parts.items() if name != "loss"}
+            self._progress.line = "  ".join(f"{name} {value:.4g}" for name, value in parts.items())
         validation = float(trainer.callback_metrics.get("validation_loss", float("nan")))
         self._fields.update(epoch=epoch, speed=speed, validation=validation)
         self._progress.update(self._task, advance=1, **self._fields)

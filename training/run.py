@@ -19,7 +19,7 @@ import pandas as pd
 import torch
 from anndata import AnnData
 
-from training import archive, start
+from training import archive, loggers, start
 from training import config as configuration
 from training import fit as fitting
 from training.config import Config
@@ -70,15 +70,21 @@ def fit(config: Config, directory: Path, resume: bool = False, show_progress: bo
     Raises:
         RunExists: the directory holds a run and `resume` is false.
         LossNotFinite: the run directory holds the best model before.
+        LoggerUnavailable: a logger's package is not installed.
         as `registry.fetch` and `fit.fit` do.
     """
     if not resume and (directory / CONFIG).exists():
         raise RunExists(f"{directory} already holds a run. Use --resume to go on with it, or another --output.")
+    loggers.check(config.fit.loggers)
     parent = load(Path(config.start.run)) if config.start else None
     if parent is not None:
         config = start.known_batches(config, parent)
     directory.mkdir(parents=True, exist_ok=True)
-    if resume and (directory / CONFIG).exists() and configuration.load(directory / CONFIG) != config:
+    if (
+        resume
+        and (directory / CONFIG).exists()
+        and _unlogged(configuration.load(directory / CONFIG)) != _unlogged(config)
+    ):
         raise RunExists(f"{directory} holds a run of another configuration, which --resume cannot go on with.")
     (directory / CONFIG).write_text(config.dump())
     started = time.perf_counter()
@@ -104,6 +110,7 @@ def fit(config: Config, directory: Path, resume: bool = False, show_progress: bo
         "best_epoch": fitted.best_epoch,
         "best_validation_loss": fitted.best_loss,
         "n_epochs": fitted.n_epochs,
+        "n_parameters": sum(weight.numel() for weight in fitted.family.parameters()),
         "is_interrupted": fitted.is_interrupted,
         "data": {name: source.digests(data) for data, name in zip(config.data, config.datasets, strict=True)},
     }
@@ -139,6 +146,11 @@ def load(directory: Path) -> Run:
         family.load_state_dict({name: torch.from_numpy(arrays[name]) for name in arrays.files})
     provenance = json.loads((directory / PROVENANCE).read_text())
     return Run(config, reference, split, prepared, family.eval(), provenance)
+
+
+def _unlogged(config: Config) -> Config:
+    """The configuration without what may change when a run is resumed."""
+    return config.model_copy(update={"fit": config.fit.model_copy(update={"loggers": ()})})
 
 
 def _reference(config: Config, genes: pd.DataFrame | None) -> AnnData:
