@@ -316,7 +316,7 @@ def _examples(config: Config, cells: Cells) -> Iterator[Example]:
     """The cells in their own order, uncorrupted, in the minibatches of a fit."""
     for batch in Minibatches(cells, config.fit.rows, config.seed):
         counts = batch.counts()
-        yield Example(counts, counts, batch.batch, batch.labels, _VALIDATION_EPOCH, batch.obsm)
+        yield Example(counts, counts, batch.batch, batch.labels, VALIDATION_EPOCH, batch.obsm)
 
 
 class Patience(EarlyStopping):
