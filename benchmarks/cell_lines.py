@@ -124,12 +124,14 @@ class ScviTools:
     cache: Path
     """Where its answers are kept, so that a change of our side needs no second training of theirs."""
 
-    def ask(self, cells: ad.AnnData, mode: str, n_seeds: int) -> list[Answers]:
+    n_seeds: int
+
+    def ask(self, cells: ad.AnnData, mode: str) -> list[Answers]:
         """What it makes of the cells, seed by seed; for the modes see scvi_quality.py."""
         about = hashlib.sha256(sp.csr_matrix(cells.X).data.tobytes() + cells.obs.to_csv().encode())
         return [
             self._ask(cells, mode, seed, self.cache / f"{mode}-{about.hexdigest()[:16]}-{seed}.npz")
-            for seed in range(n_seeds)
+            for seed in range(self.n_seeds)
         ]
 
     def _ask(self, cells: ad.AnnData, mode: str, seed: int, kept: Path) -> Answers:
@@ -213,11 +215,11 @@ def measure(scvi: ScviTools, n_seeds: int) -> dict[str, Any]:
     """Everything of this data set."""
     cells = load_cells()
     everything = joint_cells(cells)
-    of_all = scvi.ask(everything, "joint", n_seeds)
+    of_all = scvi.ask(everything, "joint")
     transfer: dict[str, Any] = {}
     for name, (reference, query) in TASKS.items():
         chosen = task_cells(cells, reference, query)
-        mapped = scvi.ask(chosen, "scarches", n_seeds)
+        mapped = scvi.ask(chosen, "scarches")
         scores = transfer_ours(chosen, n_seeds)
         scores["SCANVI, query mapped (scArches)"] = transfer_scvi(chosen, mapped, "labels")
         scores["SCANVI, trained with the query"] = transfer_scvi(chosen, of_all, f"labels/{name}")
