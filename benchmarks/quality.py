@@ -49,6 +49,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", nargs="*", choices=[*DATASETS, []], help="default: all")
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--scvi-seeds", type=int, help="of scvi-tools, which takes minutes for each; default: as many")
     parser.add_argument(
         "--select", action="store_true", help="only print validation losses of the hyper-parameters tried"
     )
@@ -65,6 +66,7 @@ def main() -> int:
         if options.select:
             print(json.dumps(SELECTIONS[name](), indent=2))
             continue
+        scvi = ScviTools(options.scvi_python, options.cache, options.scvi_seeds or options.seeds)
         scvi = ScviTools(options.scvi_python, options.cache, options.scvi_seeds or options.seeds)
         found = DATASETS[name](scvi, options.seeds)
         known[name] = {"machine": machine(), "n_seeds": options.seeds, "n_seeds_scvi_tools": scvi.n_seeds, **found}
