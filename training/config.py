@@ -132,8 +132,8 @@ class Splits(Strict):
     held_out: tuple[str, ...] = ()
     """Names of data sets or of batches. With them `test` does not count: all their cells are test cells and no others are."""
 
-    test: Share = 0.2
-    """Never seen while training; the evaluation's held-out cells."""
+    test: Annotated[float, Field(ge=0, lt=1)] = 0.2
+    """Never seen while training; the evaluation's held-out cells. 0 leaves none to evaluate on."""
 
     validation: Share = 0.1
     """Of all cells; they decide when to stop and which epoch is kept."""
