@@ -9,7 +9,7 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,39 +22,26 @@ from benchmarks.machine import machine
 
 ROOT = Path(__file__).parent.parent
 DATASETS: dict[str, Callable[[ScviTools, int], dict[str, Any]]] = {"cell_lines": cell_lines.measure}
-"""What measures a data set with so many seeds; its answer is written as it is, and tables of medians are printed of it."""
+"""What measures a data set with so many seeds; its answer is written as it is, and what cell_lines.summary made is printed."""
 
 SELECTIONS: dict[str, Callable[[], dict[str, dict[str, float]]]] = {"cell_lines": cell_lines.select}
 
 
 def show(name: str, found: dict[str, Any]) -> None:
-    """Print every group of figures that has medians, one row each."""
-    console = Console()
-    for path, figures in groups(found):
-        table = Table("", *figures[next(iter(figures))], title=" / ".join((name, *path)))
-        for method, values in figures.items():
-            table.add_row(method, *(f"{value:.3f}" for value in values.values()))
-        console.print(table)
+    """Print every figure that is a median over seeds."""
+    table = Table("figure", "median", "least", "most", title=name)
+    for path, figure in figures(found):
+        table.add_row(
+            ": ".join(path), *(f"{x:.3f}" for x in (figure["median"], min(figure["seeds"]), max(figure["seeds"])))
+        )
+    Console().print(table)
 
 
-def groups(
-    found: dict[str, Any], path: tuple[str, ...] = ()
-) -> list[tuple[tuple[str, ...], dict[str, dict[str, float]]]]:
-    """Medians as tables: (where it stands, method → figure → median)."""
-    made: list[tuple[tuple[str, ...], dict[str, dict[str, float]]]] = []
-    table: dict[str, dict[str, float]] = {}
+def figures(found: dict[str, Any], path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], dict[str, Any]]]:
+    """Figures with where they stand."""
     for key, value in found.items():
-        if not isinstance(value, dict):
-            continue
-        if "median" in value:
-            table[key] = {"median": value["median"]}
-        elif all(isinstance(part, dict) and "median" in part for part in value.values()):
-            table[key] = {name: part["median"] for name, part in value.items()}
-        else:
-            made += groups(value, (*path, key))
-    if table and len({tuple(row) for row in table.values()}) == 1 and all(len(row) == 1 for row in table.values()):
-        return [(path, table), *made]
-    return ([(path, table)] if table else []) + made
+        if isinstance(value, dict):
+            yield from [((*path, key), value)] if "median" in value else figures(value, (*path, key))
 
 
 def main() -> int:
@@ -62,6 +49,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", nargs="*", choices=[*DATASETS, []], help="default: all")
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--scvi-seeds", type=int, help="of scvi-tools, which takes minutes for each; default: as many")
     parser.add_argument(
         "--select", action="store_true", help="only print validation losses of the hyper-parameters tried"
     )
@@ -78,8 +66,10 @@ def main() -> int:
         if options.select:
             print(json.dumps(SELECTIONS[name](), indent=2))
             continue
-        found = DATASETS[name](ScviTools(options.scvi_python, options.cache), options.seeds)
-        known[name] = {"machine": machine(), "n_seeds": options.seeds, **found}
+        scvi = ScviTools(options.scvi_python, options.cache, options.scvi_seeds or options.seeds)
+        scvi = ScviTools(options.scvi_python, options.cache, options.scvi_seeds or options.seeds)
+        found = DATASETS[name](scvi, options.seeds)
+        known[name] = {"machine": machine(), "n_seeds": options.seeds, "n_seeds_scvi_tools": scvi.n_seeds, **found}
         options.output.write_text(json.dumps(known, indent=2, ensure_ascii=False) + "\n")
         show(name, found)
     return 0

@@ -210,20 +210,26 @@ def out_of_core() -> str:
 
 def transfer() -> str:
     """Accuracies in benchmarks/quality.json, which `make bench-quality` writes."""
-    found = json.loads((ROOT / "benchmarks/quality.json").read_text())["cell_lines"]["transfer"]
+    measured = json.loads((ROOT / "benchmarks/quality.json").read_text())["cell_lines"]
+    found = measured["transfer"]
+    sizes = (f"{task} ({row['n_reference']:,} → {row['n_query']:,} cells)" for task, row in found.items())
     methods = next(iter(found.values()))["accuracy"]
-    header = (
-        "accuracy on the query",
-        *(f"{task} ({row['n_reference']:,} → {row['n_query']:,} cells)" for task, row in found.items()),
-    )
-    return _table(header, ((name, *(_median(row["accuracy"][name]) for row in found.values())) for name in methods))
+    rows = ((name, *(_median(row["accuracy"][name]) for row in found.values())) for name in methods)
+    return f"{_table(('accuracy on the query', *sizes), rows)}\n{_seeds(measured)}\n"
 
 
 def integration() -> str:
     """Figures of scib-metrics in benchmarks/quality.json."""
-    found = json.loads((ROOT / "benchmarks/quality.json").read_text())["cell_lines"]["integration"]
-    rows = ((name, *(_median(row[part]) for part in ("batch", "bio", "total"))) for name, row in found.items())
-    return _table(("latent", "batch correction", "bio conservation", "total"), rows)
+    measured = json.loads((ROOT / "benchmarks/quality.json").read_text())["cell_lines"]
+    rows = (
+        (name, *(_median(row[part]) for part in ("batch", "bio", "total")))
+        for name, row in measured["integration"].items()
+    )
+    return f"{_table(('latent', 'batch correction', 'bio conservation', 'total'), rows)}\n{_seeds(measured)}\n"
+
+
+def _seeds(measured: dict[str, Any]) -> str:
+    return f"Medians of {measured['n_seeds']} seeds, of {measured['n_seeds_scvi_tools']} for scvi-tools."
 
 
 def _median(figure: dict[str, Any]) -> str:
