@@ -151,9 +151,7 @@ def named_in_service(family: str) -> int:
 
 def table(results: dict[str, Any]) -> Table:
     """A row per family."""
-    made = Table(
-        "family", "trains", "resumes", "graphs", "ONNX - torch", "served", "same bytes twice"
-    )
+    made = Table("family", "trains", "resumes", "graphs", "ONNX - torch", "served", "same bytes twice")
     for name, row in results.items():
         served = row["served"]
         made.add_row(
