@@ -16,12 +16,16 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import cell_lines
+from benchmarks import cell_lines, pbmc_quality
 from benchmarks.cell_lines import ScviTools
 from benchmarks.machine import machine
 
 ROOT = Path(__file__).parent.parent
-DATASETS: dict[str, Callable[[ScviTools, int], dict[str, Any]]] = {"cell_lines": cell_lines.measure}
+DATASETS: dict[str, Callable[[ScviTools, int], dict[str, Any]]] = {
+    "cell_lines": cell_lines.measure,
+    "pbmc_facs": pbmc_quality.measure_facs,
+    "autoencoders": pbmc_quality.measure_autoencoder,
+}
 """What measures a data set with so many seeds; its answer is written as it is, and what cell_lines.summary made is printed."""
 
 SELECTIONS: dict[str, Callable[[], dict[str, dict[str, float]]]] = {"cell_lines": cell_lines.select}
