@@ -1,0 +1,231 @@
+"""POST /v2/models/<name>[/versions/<version>]/infer: the same queue, limits and bits as POST /v1/<task>, in tensors."""
+
+import asyncio
+import contextlib
+import math
+import re
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
+
+from service.api.catalogue import model_of_path
+from service.api.disconnect import cancelled_on_disconnect
+from service.api.drift import observe_answers, observe_query
+from service.api.oip_signature import Output, Outputs, outputs_of, tasks_for
+from service.api.state import State, state
+from service.api.tasks import PARSED_AT_ONCE, measure, next_chunk, read_deadline
+from service.cells.columns import Columns, concatenate, n_cells
+from service.cells.formats import tensors
+from service.cells.formats.tensor_cells import cells
+from service.cells.formats.tensors import InferRequest
+from service.errors import InvalidOption, MalformedBody, ShuttingDown, TooManyCells
+from service.inference.batcher import Timing, Work
+from service.inference.model import Model
+from service.inference.query import Query, prepare
+from service.inference.task import Task
+
+HEADER_LENGTH = "Inference-Header-Content-Length"
+MAX_WORD_BYTES = 64
+"""What a label is taken to need in an answer, when that is estimated."""
+
+JSON_BYTES = 16
+"""What a number is taken to need in an answer of JSON."""
+
+
+async def infer(request: Request) -> Response:
+    """The outputs that the client asks for, or all; as JSON, as bytes, or each as asked."""
+    app = state(request)
+    if app.is_draining:
+        raise ShuttingDown
+    deadline, header_length = read_deadline(request), _header_length(request)
+    model = model_of_path(request)
+    started = time.perf_counter()
+    try:
+        async with app.intake.body(request) as body, cancelled_on_disconnect(request):
+            return await _answer(app, model, body, header_length, deadline)
+    except ClientDisconnect:
+        raise
+    except Exception:
+        app.statistics.of(model.id).durations["fail"].add(time.perf_counter() - started)
+        raise
+
+
+async def _answer(app: State, model: Model, body: bytes, header_length: int | None, deadline: float) -> Response:
+    arrived = time.perf_counter()
+    outputs = await outputs_of(app, model)
+    if len(body) <= PARSED_AT_ONCE:
+        asked, query, seconds = _read(app, model, body, header_length)
+    else:
+        loop = asyncio.get_running_loop()
+        asked, query, seconds = await loop.run_in_executor(app.parsers, _read, app, model, body, header_length)
+    binary = _wanted(asked, outputs, model)
+    works = _works(model, tasks_for(outputs, binary), asked.parameters)
+    held = _answer_bytes(app, query.counts.shape[0], outputs, binary)
+    app.intake.hold(held)
+    try:
+        columns: dict[str, Any] = {}
+        timings = {work.task.name: Timing() for work in works}
+        until = min(deadline, _own_deadline(asked))
+        for work in works:
+            found = await _run(app, work, query, timings[work.task.name], until)
+            observe_answers(model, found)
+            columns |= found
+        computed = time.perf_counter()
+        content, length = tensors.write(
+            {
+                "model_name": model.manifest.name,
+                "model_version": model.manifest.version,
+                **({"id": asked.id} if asked.id is not None else {}),
+                "parameters": _about(query),
+            },
+            [(name, columns[name], is_binary) for name, is_binary in binary.items()],
+        )
+    finally:
+        app.intake.release(held)
+    ended = time.perf_counter()
+    for work in works:
+        is_first = work is works[0]
+        serialise = ended - computed if is_first else 0.0
+        measure(work, query.counts.shape[0], seconds if is_first else {}, timings[work.task.name], serialise)
+    observe_query(model, query)
+    spent = {
+        "queue": sum(timing.queue_seconds for timing in timings.values()),
+        "compute_input": sum(seconds.values()),
+        "compute_infer": sum(timing.compute_seconds for timing in timings.values()),
+        "compute_output": ended - computed,
+    }
+    app.statistics.of(model.id).succeeded(query.counts.shape[0], {"success": ended - arrived, **spent})
+    headers = {
+        "X-Cellserve-Model": model.id,
+        "Server-Timing": ", ".join(f"{stage};dur={1000 * stage_seconds:.3f}" for stage, stage_seconds in spent.items()),
+    }
+    if length is None:
+        return Response(content, headers=headers, media_type="application/json")
+    return Response(content, headers={**headers, HEADER_LENGTH: str(length)}, media_type="application/octet-stream")
+
+
+def _header_length(request: Request) -> int | None:
+    text = request.headers.get(HEADER_LENGTH)
+    if text is None:
+        return None
+    if not re.fullmatch("[0-9]{1,18}", text):
+        raise MalformedBody(problem=f"{HEADER_LENGTH} must be a number of bytes, not '{text[:40]}'.")
+    return int(text)
+
+
+def _read(
+    app: State, model: Model, body: bytes, header_length: int | None
+) -> tuple[InferRequest, Query, dict[str, float]]:
+    """A request and its cells, ready for the model, and the seconds that each stage took. Runs in a parser thread."""
+    started = time.perf_counter()
+    asked = tensors.read(body, header_length)
+    found = cells(asked.inputs, model.manifest.name, model.genes.table.gene_id, app.max_cells)
+    parsed = time.perf_counter()
+    query = prepare(model, found)
+    return asked, query, {"parse": parsed - started, "align": time.perf_counter() - parsed}
+
+
+def _wanted(asked: InferRequest, outputs: Outputs, model: Model) -> dict[str, bool]:
+    """The outputs to give, in the order asked for, and whether each goes as bytes."""
+    default = asked.parameters.get("binary_data_output", False)
+    if type(default) is not bool:
+        raise InvalidOption(name="binary_data_output", problem="it must be true or false.")
+    if not asked.outputs:
+        return dict.fromkeys(outputs, default)
+    wanted: dict[str, bool] = {}
+    for output in asked.outputs:
+        if output.name not in outputs:
+            known = ", ".join(outputs)
+            raise InvalidOption(
+                name="outputs",
+                problem=f"unexpected inference output '{output.name[:60]}' for model '{model.manifest.name}'. The outputs are: {known}.",
+            )
+        if output.name in wanted:
+            raise InvalidOption(name="outputs", problem=f"'{output.name}' is asked for twice.")
+        if unknown := sorted(set(output.parameters) - {"binary_data"}):
+            raise InvalidOption(
+                name="outputs",
+                problem=f"parameter '{unknown[0][:60]}' of '{output.name}' is not known here; classification and shared memory are not "
+                "spoken (probabilities and labels are outputs of their own).",
+            )
+        is_binary = output.parameters.get("binary_data", default)
+        if type(is_binary) is not bool:
+            raise InvalidOption(name="binary_data", problem=f"of '{output.name}', it must be true or false.")
+        wanted[output.name] = is_binary
+    return wanted
+
+
+def _works(model: Model, tasks: list[Task], parameters: Mapping[str, Any]) -> list[Work]:
+    """What runs, each task with the options that it has; every parameter must be an option of one of them."""
+    sent = {name: str(value) for name, value in parameters.items() if name not in ("binary_data_output", "timeout")}
+    known = {name for task in tasks for name in task.options.model_fields}
+    if unknown := sorted(set(sent) - known):
+        raise InvalidOption(
+            name=unknown[0][:60],
+            problem=f"it means nothing for these outputs. Parameters here are: {', '.join(sorted({'timeout', *known}))}.",
+        )
+    return [
+        Work(
+            model=model,
+            task=task,
+            options=task.read_options(
+                {name: value for name, value in sent.items() if name in task.options.model_fields}, model
+            ),
+        )
+        for task in tasks
+    ]
+
+
+def _own_deadline(asked: InferRequest) -> float:
+    """By the parameter `timeout`, microseconds as Triton has it, on the clock of `time.monotonic`."""
+    timeout = asked.parameters.get("timeout")
+    if timeout is None:
+        return math.inf
+    if type(timeout) is not int or not 0 < timeout <= 10**12:
+        raise InvalidOption(name="timeout", problem="it must be a number of microseconds.")
+    return time.monotonic() + timeout / 1e6
+
+
+def _answer_bytes(app: State, n_rows: int, outputs: Outputs, binary: Mapping[str, bool]) -> int:
+    """About what the answer takes: it is made whole, because its header says how long each tensor is.
+
+    Raises:
+        TooManyCells: more than a body may decode to.
+    """
+
+    def per_cell(output: Output, is_binary: bool) -> int:
+        if output.datatype == "BYTES":
+            return MAX_WORD_BYTES
+        return math.prod(output.widths) * (4 if is_binary else JSON_BYTES)
+
+    n_bytes = sum(per_cell(outputs[name], is_binary) for name, is_binary in binary.items())
+    if n_rows * n_bytes > app.max_decoded_bytes:
+        raise TooManyCells(n_cells=n_rows, limit_cells=app.max_decoded_bytes // n_bytes)
+    return n_rows * n_bytes
+
+
+async def _run(app: State, work: Work, query: Query, timing: Timing, deadline: float) -> Columns:
+    """The whole answer of one task."""
+    parts: list[Columns] = []
+    n_left = query.counts.shape[0]
+    async with contextlib.aclosing(app.batcher.run(work, query.counts, timing, deadline)) as chunks:  # type: ignore[type-var]
+        while n_left:
+            left = max(0.0, deadline - time.monotonic()) if not parts else math.inf
+            parts.append(await next_chunk(chunks, min(app.timeout_seconds, left)))
+            n_left -= n_cells(parts[-1])
+    return concatenate(parts)
+
+
+def _about(query: Query) -> dict[str, Any]:
+    """What became of genes and counts, as parameters of the answer: words, numbers and truth values only."""
+    about: dict[str, Any] = {
+        "gene_overlap": query.genes_report.gene_overlap,
+        "n_missing": query.genes_report.n_missing,
+        "missing_weight": query.genes_report.missing_weight,
+        "n_unknown": query.genes_report.n_unknown,
+        "n_empty": query.counts_report.n_empty,
+    }
+    return {**about, **({"warnings": " ".join(query.counts_report.warnings)} if query.counts_report.warnings else {})}
