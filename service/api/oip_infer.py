@@ -6,6 +6,7 @@ import math
 import re
 import time
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from starlette.requests import ClientDisconnect, Request
@@ -19,6 +20,7 @@ from service.api.state import State, state
 from service.api.tasks import PARSED_AT_ONCE, measure, next_chunk, read_deadline
 from service.cells.columns import Columns, concatenate, n_cells
 from service.cells.formats import tensors
+from service.cells.formats.encodings import ENCODINGS, decoded
 from service.cells.formats.tensor_cells import cells
 from service.cells.formats.tensors import InferRequest
 from service.errors import InvalidOption, MalformedBody, ShuttingDown, TooManyCells
@@ -35,6 +37,18 @@ JSON_BYTES = 16
 """What a number is taken to need in an answer of JSON."""
 
 
+@dataclass(frozen=True)
+class Sent:
+    """A request's body and what its headers say of it."""
+
+    body: bytes
+    encoding: str
+    """Content-Encoding: one of ENCODINGS, or identity."""
+
+    header_length: int | None
+    """Of the JSON, after decoding."""
+
+
 async def infer(request: Request) -> Response:
     """The outputs that the client asks for, or all; as JSON, as bytes, or each as asked."""
     app = state(request)
@@ -44,8 +58,9 @@ async def infer(request: Request) -> Response:
     model = model_of_path(request)
     started = time.perf_counter()
     try:
-        async with app.intake.body(request) as body, cancelled_on_disconnect(request):
-            return await _answer(app, model, body, header_length, deadline)
+        async with app.intake.body(request, tuple(ENCODINGS)) as body, cancelled_on_disconnect(request):
+            encoding = request.headers.get("content-encoding", "identity").strip().lower()
+            return await _answer(app, model, Sent(body, encoding, header_length), deadline)
     except ClientDisconnect:
         raise
     except Exception:
@@ -53,14 +68,14 @@ async def infer(request: Request) -> Response:
         raise
 
 
-async def _answer(app: State, model: Model, body: bytes, header_length: int | None, deadline: float) -> Response:
+async def _answer(app: State, model: Model, sent: Sent, deadline: float) -> Response:
     arrived = time.perf_counter()
     outputs = await outputs_of(app, model)
-    if len(body) <= PARSED_AT_ONCE:
-        asked, query, seconds = _read(app, model, body, header_length)
+    if len(sent.body) <= PARSED_AT_ONCE and sent.encoding == "identity":
+        asked, query, seconds = _read(app, model, sent)
     else:
         loop = asyncio.get_running_loop()
-        asked, query, seconds = await loop.run_in_executor(app.parsers, _read, app, model, body, header_length)
+        asked, query, seconds = await loop.run_in_executor(app.parsers, _read, app, model, sent)
     binary = _wanted(asked, outputs, model)
     works = _works(model, tasks_for(outputs, binary), asked.parameters)
     held = _answer_bytes(app, query.counts.shape[0], outputs, binary)
@@ -116,12 +131,10 @@ def _header_length(request: Request) -> int | None:
     return int(text)
 
 
-def _read(
-    app: State, model: Model, body: bytes, header_length: int | None
-) -> tuple[InferRequest, Query, dict[str, float]]:
+def _read(app: State, model: Model, sent: Sent) -> tuple[InferRequest, Query, dict[str, float]]:
     """A request and its cells, ready for the model, and the seconds that each stage took. Runs in a parser thread."""
     started = time.perf_counter()
-    asked = tensors.read(body, header_length)
+    asked = tensors.read(decoded(sent.body, sent.encoding, app.max_decoded_bytes), sent.header_length)
     found = cells(asked.inputs, model.manifest.name, model.genes.table.gene_id, app.max_cells)
     parsed = time.perf_counter()
     query = prepare(model, found)
