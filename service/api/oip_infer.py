@@ -69,7 +69,7 @@ async def infer(request: Request) -> Response:
 
 
 async def _answer(app: State, model: Model, sent: Sent, deadline: float) -> Response:
-    arrived = time.perf_counter()
+    arrived = time.monotonic()
     outputs = await outputs_of(app, model)
     if len(sent.body) <= PARSED_AT_ONCE and sent.encoding == "identity":
         asked, query, seconds = _read(app, model, sent)
@@ -78,17 +78,17 @@ async def _answer(app: State, model: Model, sent: Sent, deadline: float) -> Resp
         asked, query, seconds = await loop.run_in_executor(app.parsers, _read, app, model, sent)
     binary = _wanted(asked, outputs, model)
     works = _works(model, tasks_for(outputs, binary), asked.parameters)
+    deadline = min(deadline, _own_deadline(asked, arrived))
     held = _answer_bytes(app, query.counts.shape[0], outputs, binary)
     app.intake.hold(held)
     try:
         columns: dict[str, Any] = {}
         timings = {work.task.name: Timing() for work in works}
-        until = min(deadline, _own_deadline(asked))
         for work in works:
-            found = await _run(app, work, query, timings[work.task.name], until)
+            found = await _run(app, work, query, timings[work.task.name], deadline)
             observe_answers(model, found)
             columns |= found
-        computed = time.perf_counter()
+        computed = time.monotonic()
         content, length = tensors.write(
             {
                 "model_name": model.manifest.name,
@@ -100,7 +100,7 @@ async def _answer(app: State, model: Model, sent: Sent, deadline: float) -> Resp
         )
     finally:
         app.intake.release(held)
-    ended = time.perf_counter()
+    ended = time.monotonic()
     for work in works:
         is_first = work is works[0]
         serialise = ended - computed if is_first else 0.0
@@ -192,14 +192,14 @@ def _works(model: Model, tasks: list[Task], parameters: Mapping[str, Any]) -> li
     ]
 
 
-def _own_deadline(asked: InferRequest) -> float:
+def _own_deadline(asked: InferRequest, arrived: float) -> float:
     """By the parameter `timeout`, microseconds as Triton has it, on the clock of `time.monotonic`."""
     timeout = asked.parameters.get("timeout")
     if timeout is None:
         return math.inf
     if type(timeout) is not int or not 0 < timeout <= 10**12:
         raise InvalidOption(name="timeout", problem="it must be a number of microseconds.")
-    return time.monotonic() + timeout / 1e6
+    return arrived + timeout / 1e6
 
 
 def _answer_bytes(app: State, n_rows: int, outputs: Outputs, binary: Mapping[str, bool]) -> int:
