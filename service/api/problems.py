@@ -137,7 +137,7 @@ def _known(error: Exception) -> errors.CellserveError:
 
 def from_starlette(request: Request, error: Exception) -> Response:
     """The answer for what Starlette's router raises."""
-    answer = form_at(request.url.path)
+    answer = form_at(request.scope.get("path", ""))
     if isinstance(error, HTTPException) and error.status_code == 404:
         return answer(errors.RouteNotFound())
     if isinstance(error, HTTPException) and error.status_code == 405:
