@@ -15,10 +15,11 @@ from starlette.responses import Response
 from service.api.catalogue import model_of_path
 from service.api.disconnect import cancelled_on_disconnect
 from service.api.drift import observe_answers, observe_query
+from service.api.held import HeldResponse
 from service.api.oip_signature import Output, Outputs, outputs_of, tasks_for
 from service.api.state import State, state
 from service.api.tasks import PARSED_AT_ONCE, measure, next_chunk, read_deadline
-from service.cells.columns import Columns, concatenate, n_cells
+from service.cells.columns import Column, Columns, concatenate, n_cells
 from service.cells.formats import tensors
 from service.cells.formats.encodings import ENCODINGS, decoded
 from service.cells.formats.tensor_cells import cells
@@ -74,52 +75,56 @@ async def _answer(app: State, model: Model, sent: Sent, deadline: float) -> Resp
     if len(sent.body) <= PARSED_AT_ONCE and sent.encoding == "identity":
         asked, query, seconds = _read(app, model, sent)
     else:
-        loop = asyncio.get_running_loop()
-        asked, query, seconds = await loop.run_in_executor(app.parsers, _read, app, model, sent)
+        asked, query, seconds = await asyncio.get_running_loop().run_in_executor(app.parsers, _read, app, model, sent)
     binary = _wanted(asked, outputs, model)
     works = _works(model, tasks_for(outputs, binary), asked.parameters)
     deadline = min(deadline, _own_deadline(asked, arrived))
-    held = _answer_bytes(app, query.counts.shape[0], outputs, binary)
-    app.intake.hold(held)
+    n_held = _answer_bytes(app, query.counts.shape[0], outputs, binary)
+    app.intake.hold(n_held)
     try:
-        columns: dict[str, Any] = {}
-        timings = {work.task.name: Timing() for work in works}
-        for work in works:
-            found = await _run(app, work, query, timings[work.task.name], deadline)
+        columns: dict[str, Column] = {}
+        timings = [Timing() for _ in works]
+        for work, timing in zip(works, timings, strict=True):
+            found = await _run(app, work, query, timing, deadline)
             observe_answers(model, found)
             columns |= found
         computed = time.monotonic()
         content, length = tensors.write(
-            {
-                "model_name": model.manifest.name,
-                "model_version": model.manifest.version,
-                **({"id": asked.id} if asked.id is not None else {}),
-                "parameters": _about(query),
-            },
-            [(name, columns[name], is_binary) for name, is_binary in binary.items()],
+            _head(model, asked, query), [(name, columns[name], is_binary) for name, is_binary in binary.items()]
         )
-    finally:
-        app.intake.release(held)
-    ended = time.monotonic()
-    for work in works:
-        is_first = work is works[0]
-        serialise = ended - computed if is_first else 0.0
-        measure(work, query.counts.shape[0], seconds if is_first else {}, timings[work.task.name], serialise)
-    observe_query(model, query)
+    except BaseException:
+        app.intake.release(n_held)
+        raise
+    serialise_seconds = time.monotonic() - computed
     spent = {
-        "queue": sum(timing.queue_seconds for timing in timings.values()),
+        "queue": sum(timing.queue_seconds for timing in timings),
         "compute_input": sum(seconds.values()),
-        "compute_infer": sum(timing.compute_seconds for timing in timings.values()),
-        "compute_output": ended - computed,
+        "compute_infer": sum(timing.compute_seconds for timing in timings),
+        "compute_output": serialise_seconds,
     }
-    app.statistics.of(model.id).succeeded(query.counts.shape[0], {"success": ended - arrived, **spent})
     headers = {
         "X-Cellserve-Model": model.id,
         "Server-Timing": ", ".join(f"{stage};dur={1000 * stage_seconds:.3f}" for stage, stage_seconds in spent.items()),
     }
-    if length is None:
-        return Response(content, headers=headers, media_type="application/json")
-    return Response(content, headers={**headers, HEADER_LENGTH: str(length)}, media_type="application/octet-stream")
+    if length is not None:
+        headers[HEADER_LENGTH] = str(length)
+    response = HeldResponse(
+        content,
+        headers,
+        "application/json" if length is None else "application/octet-stream",
+        intake=app.intake,
+        n_held=n_held,
+        limit_seconds=app.timeout_seconds,
+    )
+    for work, timing in zip(works, timings, strict=True):
+        # Reading and writing were done once, for all of them.
+        is_first = work is works[0]
+        measure(
+            work, query.counts.shape[0], seconds if is_first else {}, timing, serialise_seconds if is_first else 0.0
+        )
+    observe_query(model, query)
+    app.statistics.of(model.id).succeeded(query.counts.shape[0], {"success": time.monotonic() - arrived, **spent})
+    return response
 
 
 def _header_length(request: Request) -> int | None:
@@ -232,8 +237,8 @@ async def _run(app: State, work: Work, query: Query, timing: Timing, deadline: f
     return concatenate(parts)
 
 
-def _about(query: Query) -> dict[str, Any]:
-    """What became of genes and counts, as parameters of the answer: words, numbers and truth values only."""
+def _head(model: Model, asked: InferRequest, query: Query) -> dict[str, Any]:
+    """What the answer says besides its tensors; its parameters, what became of genes and counts, are words and numbers only."""
     about: dict[str, Any] = {
         "gene_overlap": query.genes_report.gene_overlap,
         "n_missing": query.genes_report.n_missing,
@@ -241,4 +246,11 @@ def _about(query: Query) -> dict[str, Any]:
         "n_unknown": query.genes_report.n_unknown,
         "n_empty": query.counts_report.n_empty,
     }
-    return {**about, **({"warnings": " ".join(query.counts_report.warnings)} if query.counts_report.warnings else {})}
+    if query.counts_report.warnings:
+        about["warnings"] = " ".join(query.counts_report.warnings)
+    return {
+        "model_name": model.manifest.name,
+        "model_version": model.manifest.version,
+        **({"id": asked.id} if asked.id is not None else {}),
+        "parameters": about,
+    }

@@ -2,9 +2,12 @@
 
 import contextlib
 import re
+import socket
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import anndata as ad
 import httpx
@@ -226,6 +229,35 @@ def test_async_infer(client: InferenceServerClient, server: Server, dense: NDArr
     several.close()
 
     assert found == [wanted] * 40
+
+
+def held(server: Server) -> float:
+    text = httpx.get(server.url + "/metrics").text
+    return float(re.search(r"^cellserve_body_bytes_in_flight (\S+)$", text, re.MULTILINE)[1])
+
+
+def test_a_client_that_does_not_read(server: Server, cells: ad.AnnData) -> None:
+    """An answer counts as held until it is read, so that many of them cannot add up unseen; a client that leaves lets go of it."""
+    counts = many(cells, 3_000).toarray().astype("<f4")
+    header = (
+        b'{"inputs": [{"name": "counts", "datatype": "FP32", "shape": [3000, 2000], "parameters": {"binary_data_size": 24000000}}],'
+        b' "outputs": [{"name": "expression", "parameters": {"binary_data": true}}]}'
+    )
+    head = (
+        f"POST /v2/models/pbmc/infer HTTP/1.1\r\nHost: x\r\nContent-Length: {len(header) + counts.nbytes}\r\n"
+        f"Inference-Header-Content-Length: {len(header)}\r\n\r\n"
+    )
+    address = urlsplit(server.url)
+    with socket.create_connection((address.hostname, address.port)) as connection:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2**16)
+        connection.sendall(head.encode() + header + counts.tobytes())
+        assert connection.recv(15) == b"HTTP/1.1 200 OK"
+        time.sleep(1)
+        assert held(server) == 24_000_000
+    deadline = time.monotonic() + 10
+    while held(server) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert held(server) == 0
 
 
 class Wrong:

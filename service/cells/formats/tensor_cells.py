@@ -110,7 +110,7 @@ def _decoded_names(content: bytes, shape: tuple[int, ...]) -> tuple[str, ...]:
 def _sparse(dense: NDArray[Any]) -> sp.csr_matrix:
     """Counts that are not zero; NaN is not zero, so what is no count is still there to be found."""
     n_cells, n_genes = dense.shape
-    at = np.flatnonzero(dense)
+    at = np.flatnonzero(dense != 0)  # several times as fast as to look for the numbers themselves
     starts = np.arange(n_cells + 1) * n_genes
     indptr = np.searchsorted(at, starts)
     return csr(dense.reshape(-1)[at], at - np.repeat(starts[:-1], np.diff(indptr)), indptr, n_genes)
