@@ -38,7 +38,8 @@ class HeldResponse(Response):
         """
         super().__init__(content, headers=headers, media_type=media_type)
         self._limit_seconds = limit_seconds
-        weakref.finalize(self, intake.release, n_held)
+        # Also where it is never sent, because its request was cancelled before.
+        self._release = weakref.finalize(self, intake.release, n_held)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:  # noqa: ARG002 - ASGI's signature
         """Send all of it.
@@ -46,12 +47,13 @@ class HeldResponse(Response):
         Raises:
             RequestTimeout: the client has stopped reading.
         """
-        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-        for start in range(0, len(self.body), PIECE_BYTES):
-            stop = start + PIECE_BYTES
-            message = {"type": "http.response.body", "body": self.body[start:stop], "more_body": stop < len(self.body)}
-            try:
+        try:
+            await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+            for start in range(0, len(self.body), PIECE_BYTES):
+                piece, is_last = self.body[start : start + PIECE_BYTES], start + PIECE_BYTES >= len(self.body)
                 async with asyncio.timeout(self._limit_seconds):
-                    await send(message)
-            except TimeoutError:
-                raise RequestTimeout(limit_seconds=self._limit_seconds) from None
+                    await send({"type": "http.response.body", "body": piece, "more_body": not is_last})
+        except TimeoutError:
+            raise RequestTimeout(limit_seconds=self._limit_seconds) from None
+        finally:
+            self._release()
