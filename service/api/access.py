@@ -15,7 +15,7 @@ logger = logging.getLogger("cellserve.access")
 UNMATCHED = "unmatched"
 _TEMPLATE = "cellserve.route"
 _METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
-_QUIET = frozenset({"/livez", "/readyz", "/metrics"})
+_QUIET = frozenset({"/livez", "/readyz", "/metrics", "/v2/health/live", "/v2/health/ready"})
 
 Endpoint = Callable[[Request], Awaitable[Response]]
 

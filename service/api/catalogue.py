@@ -29,16 +29,21 @@ async def list_models(request: Request) -> Response:
 
 async def show_model(request: Request) -> Response:
     """A model's manifest and card."""
-    model = _find(request)
+    model = model_of_path(request)
     return JSONResponse({**_summary(model), "manifest": model.manifest.model_dump(mode="json"), "card": model.card})
 
 
 async def show_genes(request: Request) -> Response:
     """A model's genes in order, as a table."""
-    return Response(_find(request).genes.table.dump(), media_type="text/tab-separated-values; charset=utf-8")
+    return Response(model_of_path(request).genes.table.dump(), media_type="text/tab-separated-values; charset=utf-8")
 
 
-def _find(request: Request) -> Model:
+def model_of_path(request: Request) -> Model:
+    """The model that a path names, with a version or alias or without.
+
+    Raises:
+        ModelNotFound, ModelNotReady.
+    """
     name, version = request.path_params["name"], request.path_params.get("version")
     # A name in a path is a name alone: "pbmc@1" there would be two spellings of one resource.
     if "@" in name or "@" in (version or ""):

@@ -4,7 +4,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from service import metrics
-from service.api.state import state
+from service.api.state import State, state
 from service.errors import NotReady
 
 
@@ -16,14 +16,18 @@ async def livez(request: Request) -> Response:  # noqa: ARG001 - an endpoint's s
 async def readyz(request: Request) -> Response:
     """200 when the default version of every model answers; else 503 with the reason. Both list every version and its state."""
     app = state(request)
-    reason = app.models.problem()
-    if not app.batcher.is_running:
-        reason = "The queue is not being worked off. Restart the server."
-    if app.is_draining:
-        reason = "This server is shutting down."
-    if reason is not None:
+    if (reason := why_not_ready(app)) is not None:
         raise NotReady(reason=reason, models=app.models.states())
     return JSONResponse({"status": "ready", "models": app.models.states()})
+
+
+def why_not_ready(app: State) -> str | None:
+    """Why requests should go elsewhere, or None."""
+    if app.is_draining:
+        return "This server is shutting down."
+    if not app.batcher.is_running:
+        return "The queue is not being worked off. Restart the server."
+    return app.models.problem()
 
 
 async def scrape(request: Request) -> Response:  # noqa: ARG001 - an endpoint's signature

@@ -22,22 +22,26 @@ class Intake:
     _n_bytes: int = 0
 
     @asynccontextmanager
-    async def body(self, request: Request) -> AsyncIterator[bytes]:
-        """The whole body; its bytes count as held until the block is left.
+    async def body(self, request: Request, encodings: tuple[str, ...] = ()) -> AsyncIterator[bytes]:
+        """The whole body as sent; its bytes count as held until the block is left.
+
+        Args:
+            request: whose body it is.
+            encodings: Content-Encodings that the caller undoes.
 
         Raises:
-            UnsupportedMediaType: it has a Content-Encoding.
+            UnsupportedMediaType: it has another Content-Encoding.
             BodyTooLarge: more than `max_body_bytes`, by declaration before anything is read, or by counting.
             TooManyBytes: all bodies together would exceed `max_bytes_in_flight`.
             BodyTimeout: it did not arrive in time.
             EmptyBody: nothing arrived.
         """
         encoding = request.headers.get("content-encoding", "identity")
-        if encoding.strip().lower() != "identity":
+        if encoding.strip().lower() not in ("identity", *encodings):
             raise UnsupportedMediaType(
                 header="Content-Encoding",
                 found=encoding[:60],
-                accepted="identity (Arrow record batches may be compressed inside the stream)",
+                accepted=", ".join(encodings) or "identity (Arrow record batches may be compressed inside the stream)",
             )
         declared = request.headers.get("content-length")
         if declared is not None and not re.fullmatch("[0-9]{1,18}", declared):

@@ -3,7 +3,7 @@
 from http import HTTPStatus
 from typing import Any
 
-from service.api import problems
+from service.api import oip_openapi, problems
 from service.api.tasks import MODEL_OPTION
 from service.cells.formats import FORMATS
 from service.inference import TASKS
@@ -40,6 +40,7 @@ def document() -> dict[str, Any]:
         },
         "/metrics": {"get": _get("Metrics for Prometheus", "operation", _text("text/plain"))},
         "/docs.json": {"get": _get("This document", "operation", _json({"type": "object"}))},
+        **oip_openapi.paths(name, version),
     }
     return {
         "openapi": "3.1.0",
@@ -52,7 +53,7 @@ def document() -> dict[str, Any]:
         },
         "servers": [{"url": "/"}],
         "paths": paths,
-        "components": {"schemas": {"Problem": _problem_schema()}},
+        "components": {"schemas": {"Problem": _problem_schema(), **oip_openapi.SCHEMAS}},
     }
 
 

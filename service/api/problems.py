@@ -1,6 +1,7 @@
 """From an error to a status and a problem document (RFC 9457). The only file with status codes of errors."""
 
 import logging
+from collections.abc import Callable
 from typing import Any
 
 import orjson
@@ -47,6 +48,12 @@ STATUS: dict[type[errors.CellserveError], int] = {
     errors.RequestTimeout: 504,
     errors.DeadlinePassed: 504,
 }
+PROTOCOL_PATH = "/v2"
+"""Below it the Open Inference Protocol is spoken, which has a form of its own for errors."""
+
+PROTOCOL_STATUS = {406: 400, 422: 400}
+"""Where the protocol's servers answer with another status: an argument that is not valid is 400 whatever is wrong with it."""
+
 CODES = tuple(sorted(error.code for error in STATUS))
 
 
@@ -65,6 +72,25 @@ def problem(error: errors.CellserveError, **more: Any) -> Response:
         **{name: value for name, value in error.members().items() if value != error.detail},
         **more,
     }
+    content = orjson.dumps(document, option=orjson.OPT_INDENT_2) + b"\n"
+    return Response(content, status, _headers(error), MEDIA_TYPE)
+
+
+def protocol_error(error: errors.CellserveError) -> Response:
+    """The answer for an error where the Open Inference Protocol is spoken."""
+    metrics.REFUSED.labels(error.code).inc()
+    status = STATUS[type(error)]
+    return Response(
+        orjson.dumps({"error": error.detail}), PROTOCOL_STATUS.get(status, status), _headers(error), "application/json"
+    )
+
+
+def form_at(path: str) -> Callable[[errors.CellserveError], Response]:
+    """The form that errors have at a path."""
+    return protocol_error if path == PROTOCOL_PATH or path.startswith(PROTOCOL_PATH + "/") else problem
+
+
+def _headers(error: errors.CellserveError) -> dict[str, str]:
     headers = {}
     if isinstance(error, errors.QueueFull | errors.TooManyBytes | errors.DeadlineTooShort):
         headers["Retry-After"] = str(error.retry_after_seconds)
@@ -72,7 +98,7 @@ def problem(error: errors.CellserveError, **more: Any) -> Response:
         headers["Allow"] = error.allowed
     if isinstance(error, errors.BodyTooLarge | errors.BodyTimeout | errors.TooManyBytes | errors.ShuttingDown):
         headers["Connection"] = "close"  # the rest of the body is not going to be read
-    return Response(orjson.dumps(document, option=orjson.OPT_INDENT_2) + b"\n", status, headers, MEDIA_TYPE)
+    return headers
 
 
 class Problems:
@@ -99,7 +125,7 @@ class Problems:
                 # The status is out. Breaking the connection is the one way left to say that the answer is not whole.
                 logger.exception("an answer broke off", extra={"error": str(error)})
                 raise
-            await problem(_known(error))(scope, receive, send)
+            await form_at(scope["path"])(_known(error))(scope, receive, send)
 
 
 def _known(error: Exception) -> errors.CellserveError:
@@ -111,8 +137,9 @@ def _known(error: Exception) -> errors.CellserveError:
 
 def from_starlette(request: Request, error: Exception) -> Response:
     """The answer for what Starlette's router raises."""
+    answer = form_at(request.scope.get("path", ""))
     if isinstance(error, HTTPException) and error.status_code == 404:
-        return problem(errors.RouteNotFound())
+        return answer(errors.RouteNotFound())
     if isinstance(error, HTTPException) and error.status_code == 405:
-        return problem(errors.MethodNotAllowed(method=request.method, allowed=(error.headers or {}).get("Allow", "")))
-    return problem(_known(error))
+        return answer(errors.MethodNotAllowed(method=request.method, allowed=(error.headers or {}).get("Allow", "")))
+    return answer(_known(error))

@@ -5,9 +5,10 @@ from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
 
 from service import metrics
-from service.api import catalogue, health, openapi, problems
+from service.api import catalogue, health, oip, oip_infer, openapi, problems
 from service.api.access import Access, route
 from service.api.request_id import RequestId
 from service.api.state import State
@@ -26,6 +27,7 @@ def build_api(state: State) -> Starlette:
         route("/v1/models/{name}/genes", catalogue.show_genes, "GET"),
         route("/v1/models/{name}/versions/{version}", catalogue.show_model, "GET"),
         route("/v1/models/{name}/versions/{version}/genes", catalogue.show_genes, "GET"),
+        *oip_routes(),
         route("/livez", health.livez, "GET"),
         route("/readyz", health.readyz, "GET"),
         route("/metrics", health.scrape, "GET"),
@@ -40,6 +42,21 @@ def build_api(state: State) -> Starlette:
     app.router.redirect_slashes = False
     app.state.cellserve = state
     return app
+
+
+def oip_routes() -> list[Route]:
+    """The paths of the Open Inference Protocol v2."""
+    models = ("/v2/models/{name}", "/v2/models/{name}/versions/{version}")
+    of_models = {"": oip.model_metadata, "/ready": oip.model_ready, "/config": oip.config, "/stats": oip.statistics}
+    return [
+        route("/v2", oip.server_metadata, "GET"),
+        route("/v2/health/live", oip.live, "GET"),
+        route("/v2/health/ready", oip.ready, "GET"),
+        route("/v2/models/stats", oip.all_statistics, "GET"),
+        *(route(model + path, endpoint, "GET") for model in models for path, endpoint in of_models.items()),
+        *(route(f"{model}/infer", oip_infer.infer, "POST") for model in models),
+        route("/v2/repository/index", oip.index, "POST"),
+    ]
 
 
 async def _docs(request: Request) -> Response:  # noqa: ARG001 - an endpoint's signature

@@ -1,12 +1,13 @@
 """What endpoints share: built once in app.py, handed down through the application's state."""
 
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import cast
 
 from starlette.requests import Request
 
 from service.api.limits import Intake
+from service.api.oip_statistics import Statistics
 from service.inference.batcher import Batcher
 from service.inference.models import Models
 
@@ -25,6 +26,8 @@ class State:
     max_decoded_bytes: int
     timeout_seconds: float
     is_draining: bool = False
+    statistics: Statistics = field(default_factory=Statistics)
+    """Of the requests of the Open Inference Protocol."""
 
 
 def state(request: Request) -> State:

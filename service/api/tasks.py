@@ -141,11 +141,11 @@ async def _stream(app: State, request: Request, work: Work, body_type: Format, a
         chunks = app.batcher.run(work, query.counts, timing)
         for_cells = query.counts.shape[0]
         while for_cells:
-            columns = await _next(chunks, app.timeout_seconds)
+            columns = await next_chunk(chunks, app.timeout_seconds)
             observe_answers(work.model, columns)
             for_cells -= n_cells(columns)
             yield columns
-        _measure(work, query.counts.shape[0], seconds_of.pop(id(query)), timing, 0.0)
+        measure(work, query.counts.shape[0], seconds_of.pop(id(query)), timing, 0.0)
         observe_query(work.model, query)
 
     def head(query: Query) -> dict[str, object]:
@@ -162,7 +162,7 @@ async def _answer(
     """Compute the first chunk, so that what can go wrong has gone wrong before the status is sent; stream the rest."""
     timing = Timing()
     chunks = app.batcher.run(work, query.counts, timing, deadline)
-    first = await _next(chunks, min(app.timeout_seconds, max(0.0, deadline - time.monotonic())))
+    first = await next_chunk(chunks, min(app.timeout_seconds, max(0.0, deadline - time.monotonic())))
     is_whole = n_cells(first) == query.counts.shape[0]
     until_now = {**seconds, "queue": timing.queue_seconds, "compute": timing.compute_seconds}
     headers = {
@@ -201,15 +201,20 @@ async def _pieces(
         lead = b""
         serialise_seconds += time.perf_counter() - started
         if is_last:
-            _measure(work, position, seconds, timing, serialise_seconds)
+            measure(work, position, seconds, timing, serialise_seconds)
             observe_query(work.model, query)
         yield piece
         if is_last:
             return
-        columns = await _next(chunks, app.timeout_seconds)
+        columns = await next_chunk(chunks, app.timeout_seconds)
 
 
-async def _next(chunks: AsyncIterator[Columns], limit_seconds: float) -> Columns:
+async def next_chunk(chunks: AsyncIterator[Columns], limit_seconds: float) -> Columns:
+    """The next chunk of an answer.
+
+    Raises:
+        RequestTimeout: it took too long.
+    """
     try:
         async with asyncio.timeout(limit_seconds):
             return await anext(chunks)
@@ -217,7 +222,8 @@ async def _next(chunks: AsyncIterator[Columns], limit_seconds: float) -> Columns
         raise RequestTimeout(limit_seconds=limit_seconds) from None
 
 
-def _measure(work: Work, n_rows: int, seconds: dict[str, float], timing: Timing, serialise_seconds: float) -> None:
+def measure(work: Work, n_rows: int, seconds: dict[str, float], timing: Timing, serialise_seconds: float) -> None:
+    """Count an answer: where its time went, and its cells."""
     spent = {
         **seconds,
         "queue": timing.queue_seconds,

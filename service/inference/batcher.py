@@ -8,7 +8,7 @@ import asyncio
 import contextlib
 import math
 import time
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -87,6 +87,14 @@ class Timing:
     compute_seconds: float = 0.0
 
 
+@dataclass
+class Runs:
+    """Runs of one model at one number of rows."""
+
+    n_runs: int = 0
+    seconds: float = 0.0
+
+
 class Batcher:
     """The queue and the one thread that runs graphs. Belongs to one event loop; every method is called from it."""
 
@@ -109,6 +117,8 @@ class Batcher:
         self._quick: set[tuple[str, str]] = set()
         """Models and tasks of which a few rows were quick the last time."""
         self._is_stopping = False
+        self.runs: defaultdict[str, defaultdict[int, Runs]] = defaultdict(lambda: defaultdict(Runs))
+        """By model and number of rows."""
 
     def start(self) -> None:
         """Begin to take work."""
@@ -236,6 +246,8 @@ class Batcher:
             if is_few:
                 (self._quick.add if seconds < QUICK_SECONDS else self._quick.discard)(kind)
             self._rows_per_second = 0.8 * (self._rows_per_second or n_rows / seconds) + 0.2 * n_rows / seconds
+            runs = self.runs[pieces[0][0].work.model.id][n_rows]
+            runs.n_runs, runs.seconds = runs.n_runs + 1, runs.seconds + seconds
             metrics.BATCH_ROWS.labels(pieces[0][0].work.task.name).observe(n_rows)
             position = 0
             for ticket, start, stop in pieces:
