@@ -9,6 +9,7 @@ import argparse
 import hashlib
 import itertools
 import json
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -145,6 +146,7 @@ def measure(folder: Path) -> dict[str, Any]:
         for number, settings in enumerate(changes):
             directory = folder / f"{way}_{number}"
             if not (directory / EMBEDDING).exists():
+                shutil.rmtree(directory, ignore_errors=True)  # of a run that was killed
                 print(f"training {directory.name}", flush=True)
                 command = [sys.executable, "-m", "benchmarks.reproducibility", "--train", str(directory), *settings]
                 subprocess.run(command, check=True)

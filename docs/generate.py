@@ -228,6 +228,36 @@ def integration() -> str:
     return f"{_table(('latent', 'batch correction', 'bio conservation', 'total'), rows)}\n{_seeds(measured)}\n"
 
 
+def reproducibility() -> str:
+    """benchmarks/reproducibility.json, which `make bench-reproducibility` writes."""
+    measured = json.loads((ROOT / "benchmarks/reproducibility.json").read_text())
+    titles = {
+        "as_shipped": "as shipped: same seed, one thread, deterministic",
+        "other_seeds": "another seed each",
+        "two_threads": "same seed, two threads, not deterministic",
+        "one_and_two_threads": "one thread against two threads",
+    }
+    parts = ("loss", "embedding", "neighbours", "clusters")
+    rows = []
+    for way, title in titles.items():
+        found = measured["between"][way]
+        figures = (_range(found[part]) for part in parts)
+        rows.append((title, f"{found['n_same_bytes']} of {found['n_pairs']}", *figures))
+    machine = measured["machine"]
+    return (
+        f"{_table(('pairs of runs', 'pairs with the same bytes', *parts), rows)}\nMeans over pairs, smallest to largest in brackets; "
+        f"{measured['n_runs']} runs of {measured['n_epochs']} epochs in each way, {measured['n_cells']:,} cells in {measured['n_latent']} "
+        f"units, {measured['n_neighbours']} neighbours, {measured['n_clusters']} clusters; {machine['cpus']} CPUs of {machine['processor']}.\n"
+    )
+
+
+def _range(figure: dict[str, float]) -> str:
+    mean, least, most = (
+        f"{figure[name]:.2g}" if 0 < figure[name] < 0.01 else f"{figure[name]:.3f}" for name in ("mean", "min", "max")
+    )
+    return mean if least == most else f"{mean} ({least} to {most})"
+
+
 def _seeds(measured: dict[str, Any]) -> str:
     return f"Medians of {measured['n_seeds']} seeds, of {measured['n_seeds_scvi_tools']} for scvi-tools."
 
@@ -247,6 +277,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "out_of_core": out_of_core,
     "transfer": transfer,
     "integration": integration,
+    "reproducibility": reproducibility,
     "metrics": metric_families,
     "errors": errors,
     "tasks": tasks,
