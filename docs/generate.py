@@ -228,6 +228,36 @@ def integration() -> str:
     return f"{_table(('latent', 'batch correction', 'bio conservation', 'total'), rows)}\n{_seeds(measured)}\n"
 
 
+def clustering() -> str:
+    """Agreement of clusters with sorted types in benchmarks/quality.json."""
+    measured = json.loads((ROOT / "benchmarks/quality.json").read_text())["pbmc_facs"]
+    found = measured["clustering"]
+    columns = [(truth, name) for truth in found for name in ("ARI", "NMI")]
+    header = ("clusters", *(f"{name}, {truth}" for truth, name in columns))
+    rows = (
+        (method, *(_median(found[truth][method][name]) for truth, name in columns)) for method in next(iter(found.values()))
+    )
+    return f"{_table(header, rows)}\nMedians of {measured['n_seeds']} seeds.\n"
+
+
+def autoencoders() -> str:
+    """sc-autoencoder's experiment and the orthogonality constraint in benchmarks/quality.json."""
+    measured = json.loads((ROOT / "benchmarks/quality.json").read_text())["autoencoders"]
+    error = measured["training_error"]
+    first = _table(
+        ("training error after 1,000 epochs", ""),
+        [
+            ("ours, first run and second", " and ".join(f"{value:.4f}" for value in error["ours"])),
+            ("sc-autoencoder", f"{error['published']:.4f}"),
+            ("largest difference of a weight between our runs", f"{error['largest_difference_of_weights']:g}"),
+        ],
+    )
+    rows = ((weight, *map(_median, one.values())) for weight, one in measured["orthogonality"].items())
+    names = next(iter(measured["orthogonality"].values()))
+    second = _table(("`orthogonality`", *names), rows)
+    return f"{first}\n{second}\nMedians of {measured['n_seeds']} seeds.\n"
+
+
 def _seeds(measured: dict[str, Any]) -> str:
     return f"Medians of {measured['n_seeds']} seeds, of {measured['n_seeds_scvi_tools']} for scvi-tools."
 
@@ -247,6 +277,8 @@ PARTS: dict[str, Callable[[], str]] = {
     "out_of_core": out_of_core,
     "transfer": transfer,
     "integration": integration,
+    "clustering": clustering,
+    "autoencoders": autoencoders,
     "metrics": metric_families,
     "errors": errors,
     "tasks": tasks,
