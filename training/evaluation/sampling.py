@@ -99,5 +99,5 @@ def _provenance(run: Run, n_cells: int, seed: int, batch: str | None, is_counts:
         "values": "raw counts" if is_counts else "values that the likelihood explains, not counts",
         "run_created": str(run.provenance.get("created", "")),
         "code_commit": str(run.provenance.get("code_commit", "")),
-        "torch": torch.__version__,
+        "torch": str(torch.__version__),
     }

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from training import cli, run
-from training.evaluation import command
+from training.evaluation import annotation, command
 
 Evaluated = tuple[run.Run, Path, dict[str, Any]]
 
@@ -18,11 +18,13 @@ Evaluated = tuple[run.Run, Path, dict[str, Any]]
 def evaluated(family_run: tuple[run.Run, Path]) -> Evaluated:
     """A finished tiny run of each family, its directory, and what `evaluate --model all` wrote.
 
-    scib-metrics is hidden: compiling it takes longer than all the rest (test_integration.py has it).
+    Without what takes most of the time and is tested elsewhere: scib-metrics (test_integration.py) and the choice of C
+    (test_annotation.py).
     """
     made, directory = family_run
     with pytest.MonkeyPatch.context() as monkeypatch:
         hide(monkeypatch, "scib_metrics")
+        monkeypatch.setattr(annotation, "REGRESSIONS", {"logistic_regression": ((1.0,), None)})
         monkeypatch.setattr(command.console, "width", 200)
         words = ("evaluate", str(directory), "--model", "all", "--no-across", "--label", "batch")
         monkeypatch.setattr(sys, "argv", ["training", *words])
@@ -35,9 +37,7 @@ def evaluated(family_run: tuple[run.Run, Path]) -> Evaluated:
 def hide(monkeypatch: pytest.MonkeyPatch, package: str) -> None:
     """Let a package seem not to be installed."""
     find = importlib.util.find_spec
-    monkeypatch.setattr(
-        importlib.util, "find_spec", lambda name, *more: None if name == package else find(name, *more)
-    )
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *more: None if name == package else find(name, *more))
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 
 from tests.training.evaluation.conftest import Evaluated, hide
-from tests.training.tiny import tiny_config
+from tests.training.tiny import register, tiny_config
 from training import run
 from training.evaluation import evaluate, models
 
@@ -76,10 +76,8 @@ def test_the_evidence_bound_counts_every_divergence(evaluated: Evaluated) -> Non
 def overshooting(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The directory of a run whose last epoch is not its best."""
     directory = tmp_path_factory.mktemp("overshooting") / "run"
-    fit = {"max_epochs": 4, "rows": 32, "device": "cpu", "learning_rate": 0.3}
+    fit = {"max_epochs": 4, "rows": 32, "device": "cpu", "learning_rate": 30.0}
     with pytest.MonkeyPatch.context() as monkeypatch:
-        from tests.training.tiny import register
-
         register(monkeypatch)
         made = run.fit(tiny_config(fit=fit, labels=[]), directory, show_progress=False)
     assert made.provenance["best_epoch"] < 3
@@ -110,6 +108,7 @@ def test_a_last_model_that_was_not_kept(overshooting: Path, tiny_sets: None, tmp
     """Said with the way out; the best one can still be measured."""
     directory = shutil.copytree(overshooting, tmp_path / "run")
     (directory / "checkpoints" / "last.ckpt").unlink()
+    (directory / "evaluation.json").unlink(missing_ok=True)  # of the test before
     code, _, err = type_words("evaluate", str(directory), "--model", "last")
     assert (code, "no checkpoints/last.ckpt" in err, "--model best" in err) == (2, True, True)
     assert not (directory / "evaluation.json").exists()
