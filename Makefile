@@ -61,7 +61,7 @@ serve: $(SERVE)/.ready  ## serve models_store/ on HOST:PORT, with the CUDA build
 train: $(DEV)/.ready  ## fit CONFIG from the published counts into RUN
 	$(DEV)/bin/python -m training fit $(CONFIG) --output $(RUN)
 
-evaluate: $(DEV)/.ready  ## accuracy and macro-F1 of RUN beside logistic regression
+evaluate: $(DEV)/.ready  ## all figures of RUN: annotation, likelihood, clusters, batches (docs/evaluate.md)
 	$(DEV)/bin/python -m training evaluate $(RUN)
 	$(if $(filter runs/pbmc,$(RUN)),cp $(RUN)/evaluation.json docs/)
 
