@@ -34,6 +34,7 @@ USER_ERRORS = (
     *importing.USER_ERRORS,
     *data_errors.USER_ERRORS,
     *evaluation.USER_ERRORS,
+    *watching.USER_ERRORS,
     configuration.InvalidConfig,
     exporting.ArtifactTooLarge,
     fitting.DeviceUnavailable,
