@@ -45,7 +45,8 @@ TEST_IMAGE = CELLSERVE_TEST_IMAGE=$(IMAGE) CELLSERVE_TEST_ENGINE="$(ENGINE) $(EN
 SAFE_OPTIONS = --read-only --tmpfs /tmp --cap-drop ALL --security-opt no-new-privileges
 
 .PHONY: help setup setup-serve serve train evaluate export reproduce test lint bench bento image image-gpu image-bentoml run-image test-image \
-  bench-image bench-stages bench-servers bench-training bench-quality bench-out-of-core docs examples lock clean
+  bench-image bench-stages bench-servers bench-training bench-quality bench-out-of-core bench-families \
+  bench-reproducibility docs examples lock clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -94,6 +95,12 @@ bench-quality: $(DEV)/.ready $(BENCH)/.ready  ## accuracy and integration beside
 
 bench-out-of-core: $(DEV)/.ready  ## an epoch on a zarr of a million cells: seconds and peak memory
 	$(DEV)/bin/python -m benchmarks.out_of_core
+
+bench-families: $(DEV)/.ready $(SERVE)/.ready  ## every family: trained, killed and resumed, exported, compared, served, repeated
+	$(DEV)/bin/python -m benchmarks.families
+
+bench-reproducibility: $(DEV)/.ready  ## how far runs lie apart as shipped, with other seeds, with other threads
+	$(DEV)/bin/python -m benchmarks.reproducibility
 
 bento: $(SERVE)/.ready  ## build a bento of the service and the models
 	rm -rf "$(BENTO)" && mkdir -p .cache

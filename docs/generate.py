@@ -235,7 +235,8 @@ def clustering() -> str:
     columns = [(truth, name) for truth in found for name in ("ARI", "NMI")]
     header = ("clusters", *(f"{name}, {truth}" for truth, name in columns))
     rows = (
-        (method, *(_median(found[truth][method][name]) for truth, name in columns)) for method in next(iter(found.values()))
+        (method, *(_median(found[truth][method][name]) for truth, name in columns))
+        for method in next(iter(found.values()))
     )
     return f"{_table(header, rows)}\nMedians of {measured['n_seeds']} seeds.\n"
 
@@ -258,6 +259,27 @@ def autoencoders() -> str:
     return f"{first}\n{second}\nMedians of {measured['n_seeds']} seeds.\n"
 
 
+def reproducibility() -> str:
+    """How far runs lie apart in benchmarks/reproducibility.json, which `make bench-reproducibility` writes."""
+    measured = json.loads((ROOT / "benchmarks/reproducibility.json").read_text())
+    titles = {
+        "as_shipped": "as shipped",
+        "other_seeds": "other seeds",
+        "two_threads": "two threads, not deterministic",
+        "one_and_two_threads": "one thread and two",
+    }
+    rows = []
+    for way, title in titles.items():
+        found = measured["between"][way]
+        figures = (
+            f"{found[name]['mean']:.3g} ({found[name]['min']:.3g} to {found[name]['max']:.3g})"
+            for name in ("loss", "embedding", "neighbours", "clusters")
+        )
+        rows.append((title, f"{found['n_same_bytes']} of {found['n_pairs']}", *figures))
+    header = ("pairs of runs", "same bytes", "loss, relative", "embedding", "neighbours", "clusters")
+    return f"{_table(header, rows)}\n{measured['n_epochs']} epochs, {measured['n_cells']:,} cells: means, and ranges over pairs.\n"
+
+
 def _seeds(measured: dict[str, Any]) -> str:
     return f"Medians of {measured['n_seeds']} seeds, of {measured['n_seeds_scvi_tools']} for scvi-tools."
 
@@ -278,6 +300,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "transfer": transfer,
     "integration": integration,
     "clustering": clustering,
+    "reproducibility": reproducibility,
     "autoencoders": autoencoders,
     "metrics": metric_families,
     "errors": errors,

@@ -43,7 +43,8 @@ def test_minibatches_change_nothing(evaluated: Evaluated, monkeypatch: pytest.Mo
     """Sums over parts are those over the whole."""
     made = evaluated[0]
     if not has_likelihood(made.family):
-        pytest.skip("no likelihood")
+        assert made.config.family == "cite_autoencoder"
+        return
     cells = read(made, made.split.positions(made.reference, "test"))
     whole = reconstruction(made.family.eval(), cells, 2)
     monkeypatch.setattr(evaluated_cells.minibatches, "__defaults__", (7,))

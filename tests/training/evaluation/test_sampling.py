@@ -13,11 +13,7 @@ from training.evaluation.sampling import CannotSample, sample
 GENERATIVE = {"atlas_vae", "gmvae", "vae"}
 
 
-def generative(made: run.Run) -> run.Run:
-    """The run, or a skipped test."""
-    if made.config.family not in GENERATIVE:
-        pytest.skip("no prior")
-    return made
+of_generative_families = pytest.mark.parametrize("family_run", sorted(GENERATIVE), indirect=True)
 
 
 def test_a_file_of_cells(family_run: tuple[run.Run, Path], tmp_path: Path, type_words) -> None:
@@ -44,9 +40,10 @@ def test_a_file_of_cells(family_run: tuple[run.Run, Path], tmp_path: Path, type_
     assert about["run_created"] == made.provenance["created"]
 
 
+@of_generative_families
 def test_means_are_those_of_the_model(family_run: tuple[run.Run, Path]) -> None:
     """Of each gene within five standard errors, given the latents that were drawn; so are the variances' sums."""
-    made = generative(family_run[0])
+    made = family_run[0]
     cells = sample(made, 4000, 0)
     codes = cells.obs["batch"].map(list(made.prepared.batches).index).to_numpy(dtype=np.int64)
     with torch.no_grad():
@@ -59,9 +56,10 @@ def test_means_are_those_of_the_model(family_run: tuple[run.Run, Path]) -> None:
     assert np.square(counts - mean).sum() / variance.sum() == pytest.approx(1.0, abs=0.05)
 
 
+@of_generative_families
 def test_counts_are_independent_of_the_noise_of_the_latent(family_run: tuple[run.Run, Path]) -> None:
     """Residuals of counts and latents do not correlate, as they would where both came of one stream of random numbers."""
-    made = generative(family_run[0])
+    made = family_run[0]
     cells = sample(made, 4000, 0)
     codes = cells.obs["batch"].map(list(made.prepared.batches).index).to_numpy(dtype=np.int64)
     with torch.no_grad():
@@ -73,9 +71,10 @@ def test_counts_are_independent_of_the_noise_of_the_latent(family_run: tuple[run
     assert np.abs(found).max() < 5 / np.sqrt(len(residual))
 
 
+@of_generative_families
 def test_the_same_seed_gives_the_same_cells(family_run: tuple[run.Run, Path]) -> None:
     """Another one gives others; the global generator is left as it was."""
-    made = generative(family_run[0])
+    made = family_run[0]
     before = torch.random.get_rng_state()
     first, again, other = sample(made, 20, 1), sample(made, 20, 1), sample(made, 20, 2)
     assert torch.equal(before, torch.random.get_rng_state())
@@ -84,9 +83,10 @@ def test_the_same_seed_gives_the_same_cells(family_run: tuple[run.Run, Path]) ->
     assert (first.X.toarray() != other.X.toarray()).any()
 
 
+@of_generative_families
 def test_one_batch(family_run: tuple[run.Run, Path]) -> None:
     """All cells are of it, with library sizes of its own training cells; an unknown one is refused by name."""
-    made = generative(family_run[0])
+    made = family_run[0]
     batch = made.prepared.batches[1]
     cells = sample(made, 25, 0, batch)
     assert set(cells.obs["batch"]) == {batch}
