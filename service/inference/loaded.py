@@ -1,0 +1,74 @@
+"""Versions in memory: found by id, and no more than so many, of which those go first that were used the longest time ago."""
+
+import contextlib
+import threading
+import weakref
+from collections import OrderedDict
+
+from service import metrics
+from service.contract.store import ModelId
+from service.inference.model import Model
+
+
+class Loaded:
+    """May be used from any thread.
+
+    A request holds the model that it was given, so a version that leaves here lives on until the last such request has ended; then its
+    sessions end with it.
+    """
+
+    def __init__(self, max_models: int | None = None) -> None:
+        """Begin empty; None is no bound."""
+        self._max_models = max_models
+        self._models: OrderedDict[ModelId, Model] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def get(self, model_id: ModelId) -> Model | None:
+        """The version, which counts as used now."""
+        with self._lock:
+            model = self._models.get(model_id)
+            if model is not None:
+                self._models.move_to_end(model_id)
+            return model
+
+    def put(self, model_id: ModelId, model: Model) -> None:
+        """Add a version; `trim` keeps the bound afterwards."""
+        with self._lock:
+            self._models[model_id] = model
+        manifest = model.manifest
+        metrics.MODELS_HELD.inc()
+        weakref.finalize(model, metrics.MODELS_HELD.dec)
+        metrics.MODEL_INFO.labels(model_id.name, model_id.version, manifest.family, model.runtime.provider).set(1)
+
+    def drop(self, model_id: ModelId, reason: str) -> None:
+        """Let a version go, if it is here."""
+        with self._lock:
+            model = self._models.pop(model_id, None)
+        if model is not None:
+            manifest = model.manifest
+            with contextlib.suppress(KeyError):
+                metrics.MODEL_INFO.remove(model_id.name, model_id.version, manifest.family, model.runtime.provider)
+            metrics.MODEL_UNLOADS.labels(reason).inc()
+
+    def trim(self) -> list[ModelId]:
+        """Let those go that are above the bound; which they were."""
+        gone = []
+        while (oldest := self._oldest_above()) is not None:
+            self.drop(oldest, "least_recently_used")
+            gone.append(oldest)
+        return gone
+
+    def has_room(self) -> bool:
+        """Whether one more stays within the bound."""
+        return self._max_models is None or len(self._models) < self._max_models
+
+    def all(self) -> dict[ModelId, Model]:
+        """What is here now; nothing counts as used by it."""
+        with self._lock:
+            return dict(self._models)
+
+    def _oldest_above(self) -> ModelId | None:
+        with self._lock:
+            if self._max_models is None or len(self._models) <= self._max_models:
+                return None
+            return next(iter(self._models))
