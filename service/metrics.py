@@ -124,11 +124,11 @@ MODEL_UNLOADS = Counter(
     "cellserve_model_unloads_total", "Versions that left memory: withdrawn, or least recently used.", ("reason",)
 )
 MODEL_SWAPS = Counter(
-    "cellserve_model_swaps_total", "Times that another version became what a name, an alias or a split means.", ("model",)
+    "cellserve_model_swaps_total",
+    "Times that another version became what a name, an alias or a split means.",
+    ("model",),
 )
-MODELS_HELD = Gauge(
-    "cellserve_models_held", "Versions in memory, those included whose last requests still run."
-)
+MODELS_HELD = Gauge("cellserve_models_held", "Versions in memory, those included whose last requests still run.")
 STORE_PROBLEM = Gauge(
     "cellserve_store_problem",
     "1 where the store asks for what cannot be served, so that what was served before stays; no model where the store cannot be read.",

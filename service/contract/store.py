@@ -130,7 +130,7 @@ class Store:
     def problem(self) -> str | None:
         """Why the store cannot be read at this moment; None where it can."""
         try:
-            os.listdir(self.root)
+            next(self.root.iterdir(), None)
         except OSError as error:
             return f"{self.root} cannot be read ({error.strerror})"
         return None
@@ -189,7 +189,6 @@ class Store:
         aliases = {**self.aliases(model.name), alias: model.version}
         content = json.dumps(aliases, indent=2, sort_keys=True).encode() + b"\n"
         artifact.write_atomically(self.root / model.name / ALIASES, content)
-
 
     def set_traffic(self, name: str, wanted: Traffic) -> None:
         """Let traffic.json say this, from one moment to the next.

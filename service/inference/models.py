@@ -17,6 +17,7 @@ from typing import Any
 
 from service import metrics
 from service.contract import artifact
+from service.contract.artifact import Artifact
 from service.contract.store import DEFAULT, Listing, ModelId, Store
 from service.contract.traffic import Traffic, position
 from service.errors import CellserveError, InvalidArtifact, ModelNotReady
@@ -26,6 +27,9 @@ from service.inference.session import Runtime
 
 logger = logging.getLogger("cellserve.models")
 LOADING = "Models are being loaded. Try again in a moment."
+UNPROVEN = (
+    "It was not verified on this machine yet, because there was no room for it. The first request for it does that."
+)
 RETRY_SECONDS = 10.0
 """A version that was served before and could not be loaded again is tried no more often than this."""
 
@@ -99,7 +103,11 @@ class Models:
         try:
             with self._change:
                 versions = {name: self.store.versions(name) for name in self.store.names()}
-                found = {name: self._read(name, Listing({}, {})) for name in versions}
+                found, wrong = {}, {}
+                for name in versions:
+                    found[name] = self._read(name, Listing({}, {}))
+                    wrong[name] = self._found.copy()
+                    self._found.clear()
                 self._listing = Listing(
                     versions,
                     {name: aliases for name, (aliases, _) in found.items()},
@@ -110,6 +118,7 @@ class Models:
                         self._load_model(name, self._listing, has_all=has_all)
                         self._loaded.trim()
                 for name in versions:
+                    self._found += wrong[name]
                     self._check_traffic(self._listing, name)
                     self._settle(name)
         finally:
@@ -138,13 +147,17 @@ class Models:
         before, versions = self._listing, self.store.versions(name)
         if not versions:
             if self.store.has(name):
-                self._found.append("No version of it can be found in the store any more; what was served before still is.")
+                self._found.append(
+                    "No version of it can be found in the store any more; what was served before still is."
+                )
             else:
                 self._exchange(name, _without(before, name))
             return
         aliases, traffic = self._read(name, before)
         # What an alias means from memory stays, even where its files are gone.
-        kept = tuple(version for version in before.versions.get(name, ()) if version in set(aliases.values()) - {*versions})
+        kept = tuple(
+            version for version in before.versions.get(name, ()) if version in set(aliases.values()) - {*versions}
+        )
         wanted = replace(
             before,
             versions={**before.versions, name: (*kept, *versions)},
@@ -206,7 +219,9 @@ class Models:
                 aliases[alias] = good
                 versions = versions if good in versions else (good, *versions)
                 reason = self._failed[ModelId(name, version)].reason
-                self._found.append(f"'{alias}' would be {name}@{version}, which is refused; it still is {name}@{good}. {reason}")
+                self._found.append(
+                    f"'{alias}' would be {name}@{version}, which is refused; it still is {name}@{good}. {reason}"
+                )
         return replace(wanted, versions={**wanted.versions, name: versions}, aliases={**wanted.aliases, name: aliases})
 
     def _exchange(self, name: str, listing: Listing) -> None:
@@ -252,9 +267,7 @@ class Models:
         fingerprint = self.store.fingerprint(model_id)
         try:
             content = artifact.read(path)
-            digest = hashlib.sha256(content.manifest.model_dump_json().encode()).hexdigest()
-            if self._proven.get(model_id, digest) != digest:
-                raise InvalidArtifact(path=str(path), problem="it is another one than was served; a version never changes")
+            digest = _digest(content, self._proven.get(model_id))
             model = load(content, self.runtime, is_quiet)
         except Exception as error:
             # Whatever is wrong with one version must not keep the others from being served.
@@ -393,8 +406,8 @@ class Models:
         if self._is_usable(model_id):
             return None
         failure = self._failed.get(model_id)
-        reason = failure.reason if failure else LOADING if not self._is_done.is_set() else None
-        return str(ModelNotReady(model=str(model_id), reason=reason)) if reason else None
+        reason = failure.reason if failure else UNPROVEN if self._is_done.is_set() else LOADING
+        return str(ModelNotReady(model=str(model_id), reason=reason))
 
     def problems(self) -> dict[str, str]:
         """By model, what the store asks for and cannot be done; under "" what is wrong with the store itself."""
@@ -411,6 +424,19 @@ class Models:
         if failure := self._failed.get(model_id):
             return failure.reason
         return "unloaded" if self._is_done.is_set() else "loading"
+
+
+def _digest(content: Artifact, before: str | None) -> str:
+    """The digest of a manifest, and with it of all files.
+
+    Raises:
+        InvalidArtifact: it is not the one before.
+    """
+    digest = hashlib.sha256(content.manifest.model_dump_json().encode()).hexdigest()
+    if before not in (None, digest):
+        problem = "it is another one than was served under this name; a version never changes"
+        raise InvalidArtifact(path=str(content.path), problem=problem)
+    return digest
 
 
 def _without(listing: Listing, name: str) -> Listing:

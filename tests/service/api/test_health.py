@@ -70,7 +70,7 @@ async def test_a_store_without_models(tmp_path: Path, is_there: bool) -> None:
         assert status == 503
         assert str(root) in reason
         assert "CELLSERVE_STORE" in reason
-        assert (await client.get("/v1/models")).json() == {"models": []}
+        assert (await client.get("/v1/models")).json()["models"] == []
 
 
 async def test_a_store_that_cannot_be_read(tmp_path: Path) -> None:
@@ -140,6 +140,8 @@ async def test_the_exposition_parses(client: httpx.AsyncClient) -> None:
         "lane",
         "column",
         "label",
+        "outcome",
+        "reason",
         "le",
     }
     for family in families:
