@@ -59,7 +59,9 @@ def test_what_it_must_not_say(document: Any, said: str) -> None:
         parse(document)
 
 
-@pytest.mark.parametrize("content", ["nonsense", '{"shadow": "9"}', '{"split": {"to": "default2", "share": 0.5}}', "{} {}"])
+@pytest.mark.parametrize(
+    "content", ["nonsense", '{"shadow": "9"}', '{"split": {"to": "default2", "share": 0.5}}', "{} {}"]
+)
 def test_a_file_that_cannot_be_followed(store: Store, content: str) -> None:
     """What is not JSON, and what names neither version nor alias, is refused with the file's path."""
     (store.root / "tiny/traffic.json").write_text(content)

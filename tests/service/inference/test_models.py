@@ -83,7 +83,9 @@ class TestExchange:
 
         with pytest.raises(ModelNotFound):
             models.get("tiny@1")
-        assert metric("cellserve_model_info", model="tiny", version="1", family="made_for_tests", provider="cpu") is None
+        assert (
+            metric("cellserve_model_info", model="tiny", version="1", family="made_for_tests", provider="cpu") is None
+        )
         assert held.encode(counts(3)).tobytes() == before.tobytes()
         gc.disable()  # references alone must do it
         try:
