@@ -21,7 +21,7 @@ from service.contract.artifact import Artifact
 from service.contract.store import DEFAULT, Listing, ModelId, Store
 from service.contract.traffic import Traffic, position
 from service.errors import CellserveError, InvalidArtifact, ModelNotReady
-from service.inference.loaded import Loaded
+from service.inference.loaded import Loaded, give_back_memory
 from service.inference.model import Model, load
 from service.inference.session import Runtime
 
@@ -281,6 +281,8 @@ class Models:
         self._loaded.put(model_id, model)
         metrics.MODEL_LOADS.labels("loaded").inc()
         metrics.MODEL_LOAD_SECONDS.observe(time.monotonic() - started)
+        if is_quiet:
+            give_back_memory()
         shapes = {name: session.shapes for name, session in model.sessions.items()}
         logger.info("model loaded", extra={"model": model.id, "provider": self.runtime.provider, "row_shapes": shapes})
         return model
