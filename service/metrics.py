@@ -47,6 +47,13 @@ class CellHistogram:
         self._numbers[labels] = self._numbers.get(labels, 0) + number
         self._sums[labels] = self._sums.get(labels, 0.0) + float(values.sum(dtype=np.float64))
 
+    def remove_by_labels(self, labels: dict[str, str]) -> None:
+        """Forget the series that have these labels, as prometheus_client's own metrics do."""
+        for values in list(self._numbers):
+            if all(values[self.labels.index(name)] == value for name, value in labels.items()):
+                self._numbers.pop(values, None)
+                self._sums.pop(values, None)
+
     def describe(self) -> Iterable[Metric]:
         """The family without its values."""
         return [HistogramMetricFamily(self.name, self.documentation, labels=self.labels)]
@@ -55,9 +62,9 @@ class CellHistogram:
         """The family with its values so far."""
         family = HistogramMetricFamily(self.name, self.documentation, labels=self.labels)
         bounds = [*map(floatToGoString, self.buckets), "+Inf"]
-        for labels, number in self._numbers.items():
+        for labels, number in list(self._numbers.items()):  # `forget` belongs to another thread
             counts = [float(count) for count in np.cumsum(number)]
-            family.add_metric(labels, list(zip(bounds, counts, strict=True)), self._sums[labels])
+            family.add_metric(labels, list(zip(bounds, counts, strict=True)), self._sums.get(labels, 0.0))
         return [family]
 
 
@@ -179,6 +186,13 @@ def initialise(tasks: tuple[str, ...], codes: tuple[str, ...]) -> None:
         MODEL_LOADS.labels(outcome)
     for reason in UNLOAD_REASONS:
         MODEL_UNLOADS.labels(reason)
+
+
+def forget(model: str, version: str) -> None:
+    """Drop the series of a version that has left for good: each would stay for as long as the process lives."""
+    for collector in COLLECTORS:
+        if {"model", "version"} <= set(label_names(collector)):
+            collector.remove_by_labels({"model": model, "version": version})
 
 
 def exposition() -> bytes:

@@ -13,6 +13,29 @@ from service.contract.store import ModelId
 from service.inference.model import Model
 
 
+class _Held:
+    """Counts the models that are alive. Not by finalizers: these may run while the very locks of a metric are held."""
+
+    def __init__(self) -> None:
+        self._models: list[weakref.ref[Model]] = []
+        self._lock = threading.Lock()
+
+    def add(self, model: Model) -> None:
+        """Count a model for as long as it lives."""
+        with self._lock:
+            self._models.append(weakref.ref(model))
+
+    def count(self) -> float:
+        """How many are alive."""
+        with self._lock:
+            self._models = [model for model in self._models if model() is not None]
+            return len(self._models)
+
+
+_held = _Held()
+metrics.MODELS_HELD.set_function(_held.count)
+
+
 class Loaded:
     """May be used from any thread.
 
@@ -25,6 +48,7 @@ class Loaded:
         self._max_models = max_models
         self._models: OrderedDict[ModelId, Model] = OrderedDict()
         self._lock = threading.Lock()
+        self._leaving: list[tuple[weakref.ref[Model], ModelId]] = []
 
     def get(self, model_id: ModelId) -> Model | None:
         """The version, which counts as used now."""
@@ -39,8 +63,7 @@ class Loaded:
         with self._lock:
             self._models[model_id] = model
         manifest = model.manifest
-        metrics.MODELS_HELD.inc()
-        weakref.finalize(model, metrics.MODELS_HELD.dec)
+        _held.add(model)
         metrics.MODEL_INFO.labels(model_id.name, model_id.version, manifest.family, model.runtime.provider).set(1)
 
     def drop(self, model_id: ModelId, reason: str) -> None:
@@ -48,6 +71,8 @@ class Loaded:
         with self._lock:
             model = self._models.pop(model_id, None)
         if model is not None:
+            if reason == "withdrawn":  # requests that still hold it write into its series until they end
+                self._leaving.append((weakref.ref(model), model_id))
             manifest = model.manifest
             with contextlib.suppress(KeyError):
                 metrics.MODEL_INFO.remove(model_id.name, model_id.version, manifest.family, model.runtime.provider)
@@ -60,6 +85,12 @@ class Loaded:
             self.drop(oldest, "least_recently_used")
             gone.append(oldest)
         return gone
+
+    def forget_ended(self) -> None:
+        """Drop the series of withdrawn versions whose last request has ended. One thread at a time."""
+        for ended in [leaving for leaving in self._leaving if leaving[0]() is None]:
+            self._leaving.remove(ended)
+            metrics.forget(ended[1].name, ended[1].version)
 
     def has_room(self) -> bool:
         """Whether one more stays within the bound."""
@@ -89,7 +120,7 @@ def give_back_memory() -> None:
 
 @cache
 def _malloc_trim() -> Any:
-    """glibc's function of that name; None where there is another C library."""
+    """The function of that name of glibc; None where there is another C library."""
     try:
         return ctypes.CDLL(None).malloc_trim
     except (AttributeError, OSError, TypeError):

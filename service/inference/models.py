@@ -131,6 +131,7 @@ class Models:
             is_forced: try versions again that were refused, even if their files are the same.
         """
         with self._change:
+            self._loaded.forget_ended()
             problem = self.store.problem()
             self._settle("", problem)
             if problem is not None:

@@ -8,9 +8,11 @@ import threading
 import weakref
 from pathlib import Path
 
+import numpy as np
 import pytest
 from prometheus_client import REGISTRY
 
+from service import metrics
 from service.contract.store import ModelId, Store
 from service.contract.traffic import Split, Traffic
 from service.errors import ModelNotFound, ModelNotReady
@@ -94,6 +96,28 @@ class TestExchange:
             assert sessions_ended() is None
         finally:
             gc.enable()
+
+    def test_series_of_a_version_that_goes(self, store: Store) -> None:
+        """What was measured of it is exported as long as a request holds it, and forgotten then; that of others stays."""
+        write_artifact(store.root, version="2", seed=5)
+        models = started(store)
+        held = models.get("tiny@1")
+        for version in ("1", "2"):
+            metrics.CELLS.labels("tiny", version, "embed").inc()
+            metrics.LIBRARY_SIZE.observe(("tiny", version), np.ones(3, dtype=np.float32))
+        shutil.rmtree(store.root / "tiny/1")
+        models.refresh()
+
+        def has(version: str) -> set[bool]:
+            labels = {"model": "tiny", "version": version}
+            cells = metric("cellserve_cells_total", **labels, task="embed")
+            return {cells is not None, metric("cellserve_library_size_count", **labels) is not None}
+
+        assert has("1") == has("2") == {True}
+        del held
+        models.refresh()
+        assert has("1") == {False}
+        assert has("2") == {True}
 
     def test_a_model_that_comes_and_goes(self, store: Store) -> None:
         """A new name answers without a restart, and is unknown again once its directory is gone."""
