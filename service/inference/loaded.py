@@ -90,7 +90,8 @@ class Loaded:
         """Drop the series of withdrawn versions whose last request has ended. One thread at a time."""
         for ended in [leaving for leaving in self._leaving if leaving[0]() is None]:
             self._leaving.remove(ended)
-            metrics.forget(ended[1].name, ended[1].version)
+            if ended[1] not in self._models:  # it may have come back
+                metrics.forget(ended[1].name, ended[1].version)
 
     def has_room(self) -> bool:
         """Whether one more stays within the bound."""
