@@ -66,7 +66,6 @@ def test_alias(run) -> None:
     assert "cannot be an alias" in run("alias", "tiny@1", "1")[1]
 
 
-@pytest.mark.parametrize("task", TASKS)
 def test_traffic(run, tmp_path: Path) -> None:
     """A split and a shadow are written, and ended by a call without options; what is not there is refused."""
     store = Store(tmp_path / "store")
@@ -82,6 +81,7 @@ def test_traffic(run, tmp_path: Path) -> None:
     assert store.traffic("tiny") == Traffic()
 
 
+@pytest.mark.parametrize("task", TASKS)
 def test_tasks(run, query: Path, tmp_path: Path, tiny: Model, task: str) -> None:
     """Each task reads an .h5ad and writes one with its columns, from the same code that serves."""
     code, output = run(task, query, tmp_path / "out.h5ad", "--model", "tiny")
