@@ -289,6 +289,30 @@ def _median(figure: dict[str, Any]) -> str:
     return f"{figure['median']:.3f}" + (f" ({min(seeds):.3f} to {max(seeds):.3f})" if len(seeds) > 1 else "")
 
 
+def swaps() -> str:
+    """benchmarks/swaps.json, which `python -m benchmarks.swaps` writes."""
+    result = json.loads((ROOT / "benchmarks/swaps.json").read_text())
+    memory = [f"{result['memory_bytes'][half] / 1e6:.0f}" for half in ("first_half", "second_half")]
+    rows = [
+        ("exchanges", f"{result['n_swaps']}"),
+        ("requests, of which failed", f"{result['n_requests']:,}, {result['n_failed']}"),
+        ("sets of bits of one and the same cells", f"{result['n_sets_of_bits']}"),
+        (
+            "seconds from the alias to the first answer, median and longest",
+            f"{result['seconds_to_exchange_median']}, {result['seconds_to_exchange_max']}",
+        ),
+        *(
+            (
+                f"milliseconds per request, p{percent}, without and with exchanges",
+                f"{result[f'milliseconds_p{percent}_quiet']}, {result[f'milliseconds_p{percent}_during']}",
+            )
+            for percent in (50, 99)
+        ),
+        ("memory of the server in MB (USS), median of the first and the second half", ", ".join(memory)),
+    ]
+    return _table(("", "measured"), rows)
+
+
 PARTS: dict[str, Callable[[], str]] = {
     "settings": settings,
     "evaluation": evaluation,
@@ -302,6 +326,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "clustering": clustering,
     "reproducibility": reproducibility,
     "autoencoders": autoencoders,
+    "swaps": swaps,
     "metrics": metric_families,
     "errors": errors,
     "tasks": tasks,
