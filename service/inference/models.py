@@ -385,8 +385,9 @@ class Models:
             return model
 
     def loaded(self) -> Mapping[ModelId, Model]:
-        """The versions in memory."""
-        return self._loaded.all()
+        """The versions in memory that are listed, in the order of the listing."""
+        held = self._loaded.all()
+        return {model_id: held[model_id] for model_id in self._listing.ids() if model_id in held}
 
     def problem(self) -> str | None:
         """Why this process cannot do its work yet, or None when the default version of every model can answer."""
