@@ -46,7 +46,7 @@ SAFE_OPTIONS = --read-only --tmpfs /tmp --cap-drop ALL --security-opt no-new-pri
 
 .PHONY: help setup setup-serve serve train evaluate export reproduce test lint bench bento image image-gpu image-bentoml run-image test-image \
   bench-image bench-stages bench-servers bench-training bench-quality bench-out-of-core bench-families \
-  bench-reproducibility docs examples lock clean
+  bench-reproducibility bench-swaps docs examples lock clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -129,6 +129,9 @@ bench-servers: $(DEV)/.ready $(SERVE)/.ready $(SERVERS)/.ready  ## embedding bes
 
 bench-stages: $(DEV)/.ready  ## where a request's time goes, beside each stage's floor
 	$(DEV)/bin/python -m benchmarks.stages
+
+bench-swaps: $(DEV)/.ready $(SERVE)/.ready  ## 200 exchanges of a version under load: failures, latency, memory
+	CELLSERVE_TEST_SERVER_PYTHON=$(SERVE)/bin/python $(DEV)/bin/python -m benchmarks.swaps
 
 bench-image: $(DEV)/.ready image image-bentoml  ## size, layers and start of IMAGE beside BentoML's own image of the same bento
 	$(TEST_IMAGE) $(DEV)/bin/python -m benchmarks.image $(IMAGE) $(IMAGE)-bentoml
