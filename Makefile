@@ -45,7 +45,8 @@ TEST_IMAGE = CELLSERVE_TEST_IMAGE=$(IMAGE) CELLSERVE_TEST_ENGINE="$(ENGINE) $(EN
 SAFE_OPTIONS = --read-only --tmpfs /tmp --cap-drop ALL --security-opt no-new-privileges
 
 .PHONY: help setup setup-serve serve train evaluate export reproduce test lint bench bento image image-gpu image-bentoml run-image test-image \
-  bench-image bench-stages bench-servers bench-training bench-quality bench-out-of-core bench-reproducibility docs examples lock clean
+  bench-image bench-stages bench-servers bench-training bench-quality bench-out-of-core bench-families \
+  bench-reproducibility bench-swaps docs examples lock clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -61,7 +62,7 @@ serve: $(SERVE)/.ready  ## serve models_store/ on HOST:PORT, with the CUDA build
 train: $(DEV)/.ready  ## fit CONFIG from the published counts into RUN
 	$(DEV)/bin/python -m training fit $(CONFIG) --output $(RUN)
 
-evaluate: $(DEV)/.ready  ## accuracy and macro-F1 of RUN beside logistic regression
+evaluate: $(DEV)/.ready  ## all figures of RUN: annotation, likelihood, clusters, batches (docs/evaluate.md)
 	$(DEV)/bin/python -m training evaluate $(RUN)
 	$(if $(filter runs/pbmc,$(RUN)),cp $(RUN)/evaluation.json docs/)
 
@@ -95,7 +96,10 @@ bench-quality: $(DEV)/.ready $(BENCH)/.ready  ## accuracy and integration beside
 bench-out-of-core: $(DEV)/.ready  ## an epoch on a zarr of a million cells: seconds and peak memory
 	$(DEV)/bin/python -m benchmarks.out_of_core
 
-bench-reproducibility: $(DEV)/.ready  ## how far runs of one configuration lie apart: as shipped, other seeds, other threads
+bench-families: $(DEV)/.ready $(SERVE)/.ready  ## every family: trained, killed and resumed, exported, compared, served, repeated
+	$(DEV)/bin/python -m benchmarks.families
+
+bench-reproducibility: $(DEV)/.ready  ## how far runs lie apart as shipped, with other seeds, with other threads
 	$(DEV)/bin/python -m benchmarks.reproducibility
 
 bento: $(SERVE)/.ready  ## build a bento of the service and the models
@@ -125,6 +129,9 @@ bench-servers: $(DEV)/.ready $(SERVE)/.ready $(SERVERS)/.ready  ## embedding bes
 
 bench-stages: $(DEV)/.ready  ## where a request's time goes, beside each stage's floor
 	$(DEV)/bin/python -m benchmarks.stages
+
+bench-swaps: $(DEV)/.ready $(SERVE)/.ready  ## 200 exchanges of a version under load: failures, latency, memory
+	CELLSERVE_TEST_SERVER_PYTHON=$(SERVE)/bin/python $(DEV)/bin/python -m benchmarks.swaps
 
 bench-image: $(DEV)/.ready image image-bentoml  ## size, layers and start of IMAGE beside BentoML's own image of the same bento
 	$(TEST_IMAGE) $(DEV)/bin/python -m benchmarks.image $(IMAGE) $(IMAGE)-bentoml

@@ -39,9 +39,17 @@ CELSEQ = ("sc_celseq2", "sc_celseq2_5cl_p1", "sc_celseq2_5cl_p2", "sc_celseq2_5c
 TASKS = {"CEL-seq2 → Drop-seq": (CELSEQ, (DROPSEQ,)), "Drop-seq → CEL-seq2": ((DROPSEQ,), CELSEQ)}
 N_GENES, N_NEIGHBOURS = 2000, 15
 GRID: dict[str, dict[str, Any]] = {
-    "hidden=128": {},
-    "hidden=256": {"hidden": [256]},
-    "hidden=128, input_dropout=0.2": {"input_dropout": 0.2},
+    "as configured": {},
+    "hidden=256": {"model": {"hidden": [256]}},
+    "input_dropout=0.2": {"model": {"input_dropout": 0.2}},
+    "layer norm, one cycle of 100 epochs": {
+        "model": {"layer_norm": True, "batch_norm": False},
+        "fit": {"schedule": "one_cycle", "max_epochs": 100, "patience": 100},
+    },
+    "batch norm, 200 epochs, patience 45": {
+        "model": {"layer_norm": False, "batch_norm": True},
+        "fit": {"schedule": "constant", "max_epochs": 200, "patience": 45},
+    },
 }
 """What is tried for `--select`; all are losses of the same likelihood on the same cells, so that they compare."""
 
@@ -77,7 +85,7 @@ def fit(
     cells: ad.AnnData,
     seed: int,
     held_out: tuple[str, ...] = (),
-    model: dict[str, Any] | None = None,
+    settings: dict[str, dict[str, Any]] | None = None,
 ) -> Run:
     """Train the configuration `name` on the cells, but for batches held out."""
     base = configuration.load(CONFIGS / f"{name}.yaml").model_dump()
@@ -94,7 +102,7 @@ def fit(
             # Where no batch is held out, each stratum lends one cell to a test that is not looked at: a configuration needs some.
             "split": {"method": "held_out", "held_out": held_out} if held_out else {"test": 0.001, "validation": 0.1},
             "labels": [{"name": "label", "classes": classes}] if base["labels"] else [],
-            "model": {**base["model"], **(model or {})},
+            **{part: {**base[part], **(settings or {}).get(part, {})} for part in ("model", "fit")},
             "seed": seed,
         }
         return run.fit(
@@ -260,8 +268,8 @@ def select() -> dict[str, dict[str, float]]:
     cells = task_cells(load_cells(), *TASKS["CEL-seq2 → Drop-seq"])
     return {
         name: {
-            row: round(fit(name, cells, 0, (DROPSEQ,), model).provenance["best_validation_loss"], 2)
-            for row, model in GRID.items()
+            row: round(fit(name, cells, 0, (DROPSEQ,), settings).provenance["best_validation_loss"], 2)
+            for row, settings in GRID.items()
         }
         for name in ("cell_lines_atlas_vae", "cell_lines_vae")
     }

@@ -228,34 +228,56 @@ def integration() -> str:
     return f"{_table(('latent', 'batch correction', 'bio conservation', 'total'), rows)}\n{_seeds(measured)}\n"
 
 
+def clustering() -> str:
+    """Agreement of clusters with sorted types in benchmarks/quality.json."""
+    measured = json.loads((ROOT / "benchmarks/quality.json").read_text())["pbmc_facs"]
+    found = measured["clustering"]
+    columns = [(truth, name) for truth in found for name in ("ARI", "NMI")]
+    header = ("clusters", *(f"{name}, {truth}" for truth, name in columns))
+    rows = (
+        (method, *(_median(found[truth][method][name]) for truth, name in columns))
+        for method in next(iter(found.values()))
+    )
+    return f"{_table(header, rows)}\nMedians of {measured['n_seeds']} seeds.\n"
+
+
+def autoencoders() -> str:
+    """sc-autoencoder's experiment and the orthogonality constraint in benchmarks/quality.json."""
+    measured = json.loads((ROOT / "benchmarks/quality.json").read_text())["autoencoders"]
+    error = measured["training_error"]
+    first = _table(
+        ("training error after 1,000 epochs", ""),
+        [
+            ("ours, first run and second", " and ".join(f"{value:.4f}" for value in error["ours"])),
+            ("sc-autoencoder", f"{error['published']:.4f}"),
+            ("largest difference of a weight between our runs", f"{error['largest_difference_of_weights']:g}"),
+        ],
+    )
+    rows = ((weight, *map(_median, one.values())) for weight, one in measured["orthogonality"].items())
+    names = next(iter(measured["orthogonality"].values()))
+    second = _table(("`orthogonality`", *names), rows)
+    return f"{first}\n{second}\nMedians of {measured['n_seeds']} seeds.\n"
+
+
 def reproducibility() -> str:
-    """benchmarks/reproducibility.json, which `make bench-reproducibility` writes."""
+    """How far runs lie apart in benchmarks/reproducibility.json, which `make bench-reproducibility` writes."""
     measured = json.loads((ROOT / "benchmarks/reproducibility.json").read_text())
     titles = {
-        "as_shipped": "as shipped: same seed, one thread, deterministic",
-        "other_seeds": "another seed each",
-        "two_threads": "same seed, two threads, not deterministic",
-        "one_and_two_threads": "one thread against two threads",
+        "as_shipped": "as shipped",
+        "other_seeds": "other seeds",
+        "two_threads": "two threads, not deterministic",
+        "one_and_two_threads": "one thread and two",
     }
-    parts = ("loss", "embedding", "neighbours", "clusters")
     rows = []
     for way, title in titles.items():
         found = measured["between"][way]
-        figures = (_range(found[part]) for part in parts)
+        figures = (
+            f"{found[name]['mean']:.3g} ({found[name]['min']:.3g} to {found[name]['max']:.3g})"
+            for name in ("loss", "embedding", "neighbours", "clusters")
+        )
         rows.append((title, f"{found['n_same_bytes']} of {found['n_pairs']}", *figures))
-    machine = measured["machine"]
-    return (
-        f"{_table(('pairs of runs', 'pairs with the same bytes', *parts), rows)}\nMeans over pairs, smallest to largest in brackets; "
-        f"{measured['n_runs']} runs of {measured['n_epochs']} epochs in each way, {measured['n_cells']:,} cells in {measured['n_latent']} "
-        f"units, {measured['n_neighbours']} neighbours, {measured['n_clusters']} clusters; {machine['cpus']} CPUs of {machine['processor']}.\n"
-    )
-
-
-def _range(figure: dict[str, float]) -> str:
-    mean, least, most = (
-        f"{figure[name]:.2g}" if 0 < figure[name] < 0.01 else f"{figure[name]:.3f}" for name in ("mean", "min", "max")
-    )
-    return mean if least == most else f"{mean} ({least} to {most})"
+    header = ("pairs of runs", "same bytes", "loss, relative", "embedding", "neighbours", "clusters")
+    return f"{_table(header, rows)}\n{measured['n_epochs']} epochs, {measured['n_cells']:,} cells: means, and ranges over pairs.\n"
 
 
 def _seeds(measured: dict[str, Any]) -> str:
@@ -265,6 +287,30 @@ def _seeds(measured: dict[str, Any]) -> str:
 def _median(figure: dict[str, Any]) -> str:
     seeds = figure["seeds"]
     return f"{figure['median']:.3f}" + (f" ({min(seeds):.3f} to {max(seeds):.3f})" if len(seeds) > 1 else "")
+
+
+def swaps() -> str:
+    """benchmarks/swaps.json, which `python -m benchmarks.swaps` writes."""
+    result = json.loads((ROOT / "benchmarks/swaps.json").read_text())
+    memory = [f"{result['memory_bytes'][half] / 1e6:.0f}" for half in ("first_half", "second_half")]
+    rows = [
+        ("exchanges", f"{result['n_swaps']}"),
+        ("requests, of which failed", f"{result['n_requests']:,}, {result['n_failed']}"),
+        ("sets of bits of one and the same cells", f"{result['n_sets_of_bits']}"),
+        (
+            "seconds from the alias to the first answer, median and longest",
+            f"{result['seconds_to_exchange_median']}, {result['seconds_to_exchange_max']}",
+        ),
+        *(
+            (
+                f"milliseconds per request, p{percent}, without and with exchanges",
+                f"{result[f'milliseconds_p{percent}_quiet']}, {result[f'milliseconds_p{percent}_during']}",
+            )
+            for percent in (50, 99)
+        ),
+        ("memory of the server in MB (USS), median of the first and the second half", ", ".join(memory)),
+    ]
+    return _table(("", "measured"), rows)
 
 
 PARTS: dict[str, Callable[[], str]] = {
@@ -277,7 +323,10 @@ PARTS: dict[str, Callable[[], str]] = {
     "out_of_core": out_of_core,
     "transfer": transfer,
     "integration": integration,
+    "clustering": clustering,
     "reproducibility": reproducibility,
+    "autoencoders": autoencoders,
+    "swaps": swaps,
     "metrics": metric_families,
     "errors": errors,
     "tasks": tasks,

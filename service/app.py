@@ -8,6 +8,7 @@ work runs on (see docs/architecture.md).
 import asyncio
 import os
 import sys
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -21,6 +22,7 @@ from _bentoml_sdk import Service
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from service.api import logs, openapi
+from service.api.drain import drain_on_signal
 from service.api.limits import Intake
 from service.api.routes import build_api
 from service.api.state import State
@@ -29,6 +31,7 @@ from service.errors import ProviderUnavailable
 from service.inference.batcher import Batcher
 from service.inference.models import Models
 from service.inference.session import choose_runtime
+from service.inference.shadow import Shadows
 from service.settings import SettingsError, read_settings
 
 N_PARSERS = 2
@@ -82,15 +85,21 @@ class CellServe:
         settings = read_settings()
         logs.configure(settings.log_level)
         runtime = choose_runtime(settings.provider, settings.threads, settings.allow_provider_fallback)
+        self._settings = settings
+        models = Models(store=Store(settings.store), runtime=runtime, max_loaded=settings.max_loaded)
+        batcher = Batcher(batch_rows=settings.batch_rows, max_queue_rows=settings.max_queue_rows)
         self._parsers = ThreadPoolExecutor(N_PARSERS, thread_name_prefix="cellserve-parse")
         self.state = State(
-            models=Models(store=Store(settings.store), runtime=runtime),
-            batcher=Batcher(batch_rows=settings.batch_rows, max_queue_rows=settings.max_queue_rows),
+            models=models,
+            batcher=batcher,
+            shadows=Shadows(models, batcher),
             intake=Intake(settings.max_body_bytes, settings.max_body_bytes_in_flight, settings.body_timeout_seconds),
             parsers=self._parsers,
             max_cells=settings.max_cells,
             max_decoded_bytes=settings.max_decoded_bytes,
             timeout_seconds=settings.timeout_seconds,
+            stall_seconds=settings.stall_seconds,
+            admin_token=settings.admin_token.get_secret_value() if settings.admin_token is not None else None,
         )
         self.api = build_api(self.state)
 
@@ -98,11 +107,15 @@ class CellServe:
     async def start(self) -> None:
         """Take work, and load models meanwhile."""
         self.state.batcher.start()
-        self.state.models.start()
+        self.state.models.start(self._settings.store_poll_s)
+        if threading.current_thread() is threading.main_thread():  # elsewhere, as in a test, no signal can be had
+            drain_on_signal(self.state, self._settings.drain_seconds)
 
     @bentoml.on_shutdown
     async def stop(self) -> None:
-        """End the queue. uvicorn has let requests in flight complete before it calls this."""
+        """End the queue. Requests in flight have completed before (see drain.py)."""
         self.state.is_draining = True
+        self.state.shadows.stop()
+        self.state.models.stop()
         await self.state.batcher.stop()
         await asyncio.to_thread(self._parsers.shutdown)

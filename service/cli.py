@@ -9,6 +9,7 @@ from rich.table import Table
 
 from service.contract import artifact
 from service.contract.store import ModelId, Store
+from service.contract.traffic import Split, Traffic
 from service.errors import CellserveError
 from service.inference import TASKS
 from service.inference.model import load
@@ -105,6 +106,24 @@ def alias(
     except ValueError as error:
         _fail(str(error))
     console.print(f"{target.name}@{name} is {target} now")
+
+
+@app.command()
+def traffic(
+    name: Annotated[str, typer.Argument(help="Name of a model.")],
+    to: Annotated[str | None, typer.Option(help="Version or alias that gets a share of the requests.")] = None,
+    share: Annotated[float, typer.Option(min=0, max=1, help="That share, from 0 to 1.")] = 0.1,
+    shadow: Annotated[
+        str | None,
+        typer.Option(help="Version or alias that computes the same in the background; only differences are reported."),
+    ] = None,
+    store: StoreOption = None,
+) -> None:
+    """Split what is asked for by name between two versions, or run a third beside; without options, neither."""
+    where, _ = _store(store)
+    where.set_traffic(name, Traffic(split=Split(to=to, share=share) if to is not None else None, shadow=shadow))
+    split = f"{share:.1%} to {name}@{to}" if to is not None else "all to the default version"
+    console.print(f"{name}: {split}{f', with {name}@{shadow} as shadow' if shadow is not None else ''}")
 
 
 def _add_command(task: Task) -> None:

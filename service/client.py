@@ -115,6 +115,8 @@ class Client:
         for body in bodies(counts, genes, self.cells_per_request):
             response = self._http.post(f"/v1/{task}", params=parameters, content=body, headers={"Content-Type": ARROW})
             tables.append(read_answer(_checked(response).content))
+            # All pieces by one version, whatever becomes of the name meanwhile or to whom it is split.
+            parameters["model"] = response.headers.get("X-Cellserve-Model", parameters.get("model"))
         return fill(adata, tables, source)
 
     def stream(

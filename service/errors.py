@@ -372,6 +372,27 @@ class NotReady(CellserveError):
 
 
 @dataclass(eq=False)
+class NotAlive(CellserveError):
+    """The liveness probe's answer when the process cannot recover by itself."""
+
+    code = "not_alive"
+    title = "Not alive"
+    sentence = "{reason}"
+    reason: str
+
+
+@dataclass(eq=False)
+class NotAuthorised(CellserveError):
+    """An admin call without the token that CELLSERVE_ADMIN_TOKEN holds."""
+
+    code = "not_authorised"
+    title = "Not authorised"
+    sentence = (
+        "This call needs the header 'Authorization: Bearer TOKEN' with the token that the server was started with."
+    )
+
+
+@dataclass(eq=False)
 class RouteNotFound(CellserveError):
     """No such path."""
 

@@ -24,7 +24,10 @@ SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 SHARES = (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99, 1)
 LIBRARY_SIZES = (0, 100, 200, 500, 1_000, 2_000, 5_000, 10_000, 20_000, 50_000, 100_000)
+DIFFERENCES = (0.0, 1e-6, 1e-5, 1e-4, 1e-3, 0.01, 0.1, 1.0, 10.0, 100.0)
 LANES = ("short", "long")
+LOAD_OUTCOMES = ("loaded", "refused")
+UNLOAD_REASONS = ("withdrawn", "least_recently_used")
 STAGES = ("parse", "align", "queue", "compute", "serialise")
 
 
@@ -44,6 +47,13 @@ class CellHistogram:
         self._numbers[labels] = self._numbers.get(labels, 0) + number
         self._sums[labels] = self._sums.get(labels, 0.0) + float(values.sum(dtype=np.float64))
 
+    def remove_by_labels(self, labels: dict[str, str]) -> None:
+        """Forget the series that have these labels, as prometheus_client's own metrics do."""
+        for values in list(self._numbers):
+            if all(values[self.labels.index(name)] == value for name, value in labels.items()):
+                self._numbers.pop(values, None)
+                self._sums.pop(values, None)
+
     def describe(self) -> Iterable[Metric]:
         """The family without its values."""
         return [HistogramMetricFamily(self.name, self.documentation, labels=self.labels)]
@@ -52,9 +62,9 @@ class CellHistogram:
         """The family with its values so far."""
         family = HistogramMetricFamily(self.name, self.documentation, labels=self.labels)
         bounds = [*map(floatToGoString, self.buckets), "+Inf"]
-        for labels, number in self._numbers.items():
+        for labels, number in list(self._numbers.items()):  # `forget` belongs to another thread
             counts = [float(count) for count in np.cumsum(number)]
-            family.add_metric(labels, list(zip(bounds, counts, strict=True)), self._sums[labels])
+            family.add_metric(labels, list(zip(bounds, counts, strict=True)), self._sums.get(labels, 0.0))
         return [family]
 
 
@@ -111,6 +121,42 @@ MODEL_FAILED = Gauge(
     "1 for each version that could not be loaded.",
     ("model", "version"),
 )
+MODEL_LOADS = Counter(
+    "cellserve_model_loads_total", "Versions that were read, verified and warmed up, or refused.", ("outcome",)
+)
+MODEL_LOAD_SECONDS = Histogram(
+    "cellserve_model_load_seconds", "Reading, verifying and warming up a version.", buckets=SECONDS
+)
+MODEL_UNLOADS = Counter(
+    "cellserve_model_unloads_total", "Versions that left memory: withdrawn, or least recently used.", ("reason",)
+)
+MODEL_SWAPS = Counter(
+    "cellserve_model_swaps_total",
+    "Times that another version became what a name, an alias or a split means.",
+    ("model",),
+)
+MODELS_HELD = Gauge("cellserve_models_held", "Versions in memory, those included whose last requests still run.")
+STORE_PROBLEM = Gauge(
+    "cellserve_store_problem",
+    "1 where the store asks for what cannot be served, so that what was served before stays; no model where the store cannot be read.",
+    ("model",),
+)
+SHADOW_REQUESTS = Counter(
+    "cellserve_shadow_requests_total",
+    "Requests that a shadow version was to compute, too: compared, dropped (no time, too large) or failed.",
+    ("model", "version", "outcome"),
+)
+SHADOW_CELLS = Counter(
+    "cellserve_shadow_cells_total",
+    "Cells whose answer by the shadow version was compared, by whether it is the same.",
+    ("model", "version", "task", "column", "is_same"),
+)
+SHADOW_DIFFERENCE = CellHistogram(
+    "cellserve_shadow_difference",
+    "Largest difference between the numbers of a cell by the served and by the shadow version.",
+    ("model", "version", "task", "column"),
+    DIFFERENCES,
+)
 CONTENT_TYPE = CONTENT_TYPE_LATEST
 
 
@@ -136,6 +182,17 @@ def initialise(tasks: tuple[str, ...], codes: tuple[str, ...]) -> None:
         QUEUE_WAIT_SECONDS.labels(lane)
     for code in codes:
         REFUSED.labels(code)
+    for outcome in LOAD_OUTCOMES:
+        MODEL_LOADS.labels(outcome)
+    for reason in UNLOAD_REASONS:
+        MODEL_UNLOADS.labels(reason)
+
+
+def forget(model: str, version: str) -> None:
+    """Drop the series of a version that has left for good: each would stay for as long as the process lives."""
+    for collector in COLLECTORS:
+        if {"model", "version"} <= set(label_names(collector)):
+            collector.remove_by_labels({"model": model, "version": version})
 
 
 def exposition() -> bytes:

@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, SecretStr, ValidationError, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 PREFIX = "CELLSERVE_"
@@ -56,6 +56,35 @@ class Settings(BaseSettings):
     timeout_seconds: float = Field(
         60, gt=0, description="Seconds that a chunk of an answer may take, its wait included. Beyond it: 504."
     )
+    store_poll_s: float | None = Field(
+        None,
+        gt=0,
+        allow_inf_nan=False,
+        description="Seconds between looks at the store: new versions, aliases and traffic are followed while running. By default never.",
+    )
+    max_loaded: int | None = Field(
+        None,
+        ge=1,
+        description="Versions in memory, besides one that is being loaded. The least recently used is unloaded, and loaded again when it is "
+        "asked for. By default all.",
+    )
+    admin_token: SecretStr | None = Field(
+        None,
+        min_length=16,
+        description="Bearer token of POST /v1/admin/reload, at least 16 characters. By default there is no such call.",
+    )
+    drain_seconds: float = Field(
+        25,
+        gt=0,
+        le=27,
+        description="Seconds that work in flight may take after SIGTERM. BentoML's parent process ends its worker by force after 30.",
+    )
+    stall_seconds: float = Field(
+        60,
+        gt=0,
+        allow_inf_nan=False,
+        description="Seconds that one chunk may run. Beyond it /livez answers 503, so that the process is restarted.",
+    )
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field(
         "INFO", description="Least level of log lines, JSON on standard error."
     )
@@ -88,5 +117,6 @@ def read_settings() -> Settings:
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         name = PREFIX + str(first["loc"][0]).upper() if first["loc"] else "The settings"
-        value = f" is {first['input']!r}" if first["loc"] else ""
+        is_secret = first["loc"] == ("admin_token",)
+        value = f" is {first['input']!r}" if first["loc"] and not is_secret else ""
         raise SettingsError(f"{name}{value}: {first['msg']}.") from None

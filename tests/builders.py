@@ -202,6 +202,18 @@ def write_artifact(root: Path, **arguments: Any) -> Path:
     return artifact.write(root, Manifest.model_validate(document), contents)
 
 
+def write_mismatch(root: Path, **arguments: Any) -> Path:
+    """Write a whole artifact whose golden latent is not what its graph gives: only running it shows that."""
+    document, contents = parts(**arguments)
+    golden = dict(np.load(io.BytesIO(contents["golden.npz"])))
+    golden["encode/latent"] = golden["encode/latent"] + 1
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, **golden)
+    contents["golden.npz"] = buffer.getvalue()
+    document["files"] = {file: entry.model_dump() for file, entry in artifact.describe(contents).items()}
+    return artifact.write(root, Manifest.model_validate(document), contents)
+
+
 def json_body(matrix: sp.csr_matrix, genes: tuple[str, ...], cell_ids: tuple[str, ...] | None = None) -> bytes:
     """A JSON body with one map per cell."""
     cells = [

@@ -20,6 +20,7 @@ from service.inference.batcher import Batcher
 from service.inference.model import Model, load
 from service.inference.models import Models
 from service.inference.session import Runtime
+from service.inference.shadow import Shadows
 from tests.builders import write_artifact
 
 # They need a built image and a container engine: `make test-image` names both.
@@ -46,7 +47,7 @@ def tiny(tiny_path: Path) -> Model:
 @asynccontextmanager
 async def serving(store: Path, is_loaded: bool = True, **changes: Any) -> AsyncIterator[httpx.AsyncClient]:
     """A client of the application over a store; `changes` replace numbers of Batcher, Intake and State."""
-    models = Models(store=Store(store), runtime=Runtime())
+    models = Models(store=Store(store), runtime=Runtime(), max_loaded=changes.pop("max_loaded", None))
     if is_loaded:
         models.load_all()
     batcher = Batcher(batch_rows=changes.pop("batch_rows", 256), max_queue_rows=changes.pop("max_queue_rows", 10_000))
@@ -55,12 +56,15 @@ async def serving(store: Path, is_loaded: bool = True, **changes: Any) -> AsyncI
     )
     numbers = {"max_cells": 5_000, "max_decoded_bytes": 2**26, "timeout_seconds": 10.0, **changes}
     with ThreadPoolExecutor(2) as parsers:
-        state = State(models=models, batcher=batcher, intake=intake, parsers=parsers, **numbers)
+        shadows = Shadows(models, batcher)
+        state = State(models=models, batcher=batcher, shadows=shadows, intake=intake, parsers=parsers, **numbers)
         batcher.start()
         transport = httpx.ASGITransport(build_api(state), raise_app_exceptions=False)
         async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
             client.state = state  # type: ignore[attr-defined]
             yield client
+        shadows.stop()
+        models.stop()
         await batcher.stop()
 
 

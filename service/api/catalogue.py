@@ -1,5 +1,7 @@
-"""GET /v1/models and what is below it: which models there are, their manifests, cards and genes."""
+"""GET /v1/models and what is below it: which models there are, their manifests, cards and genes; and following the store when asked to."""
 
+import asyncio
+import hmac
 from typing import Any
 
 from starlette.requests import Request
@@ -7,42 +9,67 @@ from starlette.responses import JSONResponse, Response
 
 from service.api.state import state
 from service.api.tasks import offers
-from service.errors import ModelNotFound
+from service.contract.traffic import Traffic
+from service.errors import ModelNotFound, NotAuthorised, RouteNotFound
 from service.inference import TASKS
 from service.inference.model import Model
 
 
 async def list_models(request: Request) -> Response:
-    """Every version of every model, with its state and what it offers."""
+    """Every version of every model, with its state and what it offers; traffic, and what the store asks for in vain."""
     models = state(request).models
+    listing = models.listing
     loaded, states = models.loaded(), models.states()
     entries = []
-    for model_id in models.listing.ids():
+    for model_id in listing.ids():
         model = loaded.get(model_id)
-        aliases = [
-            alias for alias, version in models.listing.aliases[model_id.name].items() if version == model_id.version
-        ]
+        aliases = [alias for alias, version in listing.aliases[model_id.name].items() if version == model_id.version]
         entry: dict[str, Any] = {"name": model_id.name, "version": model_id.version, "aliases": aliases}
-        entries.append({**entry, "state": states[str(model_id)], **(_summary(model) if model else {})})
-    return JSONResponse({"models": entries})
+        # The listing is one moment's, the states may be of the next.
+        entries.append({**entry, "state": states.get(str(model_id), "withdrawn"), **(_summary(model) if model else {})})
+    traffic = {name: one.model_dump(exclude_none=True) for name, one in listing.traffic.items() if one != Traffic()}
+    return JSONResponse({"models": entries, "traffic": traffic, "problems": models.problems()})
+
+
+async def reload(request: Request) -> Response:
+    """Follow the store now; answers as `list_models` when that is done. There only where CELLSERVE_ADMIN_TOKEN is set."""
+    app = state(request)
+    if app.admin_token is None:
+        raise RouteNotFound
+    kind, _, token = request.headers.get("authorization", "").partition(" ")
+    if kind.lower() != "bearer" or not hmac.compare_digest(token.strip().encode(), app.admin_token.encode()):
+        raise NotAuthorised
+    await asyncio.to_thread(app.models.refresh, is_forced=True)
+    return await list_models(request)
 
 
 async def show_model(request: Request) -> Response:
     """A model's manifest and card."""
-    model = model_of_path(request)
+    model = await model_of_path(request)
     return JSONResponse({**_summary(model), "manifest": model.manifest.model_dump(mode="json"), "card": model.card})
 
 
 async def show_genes(request: Request) -> Response:
     """A model's genes in order, as a table."""
-    return Response(model_of_path(request).genes.table.dump(), media_type="text/tab-separated-values; charset=utf-8")
+    return Response(
+        (await model_of_path(request)).genes.table.dump(), media_type="text/tab-separated-values; charset=utf-8"
+    )
 
 
-def model_of_path(request: Request) -> Model:
+async def model_of_path(request: Request) -> Model:
     """The model that a path names, with a version or alias or without.
 
     Raises:
         ModelNotFound, ModelNotReady.
+    """
+    return await state(request).models.obtain(named(request))
+
+
+def named(request: Request) -> str:
+    """`name` or `name@version` of the path.
+
+    Raises:
+        ModelNotFound: it is no name.
     """
     name, version = request.path_params["name"], request.path_params.get("version")
     # A name in a path is a name alone: "pbmc@1" there would be two spellings of one resource.
@@ -50,7 +77,7 @@ def model_of_path(request: Request) -> Model:
         raise ModelNotFound(
             model=name[:140], available=", ".join(map(str, state(request).models.listing.ids())) or "none"
         )
-    return state(request).models.get(f"{name}@{version}" if version is not None else name)
+    return f"{name}@{version}" if version is not None else name
 
 
 def _summary(model: Model) -> dict[str, Any]:

@@ -41,7 +41,7 @@ async def ready(request: Request) -> Response:
 async def model_ready(request: Request) -> Response:
     """200 where the model answers; 400 where it is not ready, 404 where there is none."""
     try:
-        model_of_path(request)
+        await model_of_path(request)
     except ModelNotReady as error:
         return _not_ready(error)
     return Response()
@@ -55,7 +55,7 @@ def _not_ready(error: NotReady | ModelNotReady) -> Response:
 
 async def model_metadata(request: Request) -> Response:
     """Names, types and shapes of a model's tensors; -1 stands for any number."""
-    app, model = state(request), model_of_path(request)
+    app, model = state(request), await model_of_path(request)
     name = model.manifest.name
     return JSONResponse(
         {
@@ -76,7 +76,7 @@ async def model_metadata(request: Request) -> Response:
 
 async def config(request: Request) -> Response:
     """The model as Triton's configuration would describe it. Requests are batched by rows, so `max_batch_size` is 0: shapes are whole."""
-    app, model = state(request), model_of_path(request)
+    app, model = state(request), await model_of_path(request)
     return JSONResponse(
         {
             "name": model.manifest.name,
@@ -114,7 +114,7 @@ def _input_shape(tensor: str, model: Model) -> list[int]:
 
 async def statistics(request: Request) -> Response:
     """What was counted of one version, or of all versions of a model where none is named."""
-    app, model = state(request), model_of_path(request)
+    app, model = state(request), await model_of_path(request)
     if "version" in request.path_params:
         return JSONResponse({"model_stats": [_statistics(app, model)]})
     versions = [found for model_id, found in app.models.loaded().items() if model_id.name == model.manifest.name]

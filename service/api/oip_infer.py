@@ -56,7 +56,7 @@ async def infer(request: Request) -> Response:
     if app.is_draining:
         raise ShuttingDown
     deadline, header_length = read_deadline(request), _header_length(request)
-    model = model_of_path(request)
+    model = await model_of_path(request)
     started = time.perf_counter()
     try:
         async with app.intake.body(request, tuple(ENCODINGS)) as body, cancelled_on_disconnect(request):

@@ -14,7 +14,7 @@ _PROBLEM_REF = {"$ref": "#/components/schemas/Problem"}
 # What a GET can answer besides its content, and a POST besides that.
 _EVERYWHERE = (405, 500)
 _OF_MODELS = (404, 503)
-_OF_TASKS = tuple(sorted(set(problems.STATUS.values()) - {405}))
+_OF_TASKS = tuple(sorted(set(problems.STATUS.values()) - {401, 405}))
 
 
 def document() -> dict[str, Any]:
@@ -24,6 +24,7 @@ def document() -> dict[str, Any]:
     version = _path_parameter("version", "Version or alias.")
     model = _get("A model's manifest and card", "models", _json({"type": "object"}), [name], _OF_MODELS)
     genes = _get("A model's genes in graph order", "models", _text("text/tab-separated-values"), [name], _OF_MODELS)
+    ready = _get("Whether a model answers, and if not, why", "models", _json({"type": "object"}), [name], _OF_MODELS)
     paths |= {
         "/v1/models": {
             "get": _get("All models, versions, aliases and their state", "models", _json({"type": "object"}))
@@ -32,7 +33,20 @@ def document() -> dict[str, Any]:
         "/v1/models/{name}/genes": {"get": genes},
         "/v1/models/{name}/versions/{version}": {"get": {**model, "parameters": [name, version]}},
         "/v1/models/{name}/versions/{version}/genes": {"get": {**genes, "parameters": [name, version]}},
-        "/livez": {"get": _get("Whether the process answers", "operation", _json({"type": "object"}))},
+        "/v1/models/{name}/ready": {"get": ready},
+        "/v1/models/{name}/versions/{version}/ready": {"get": {**ready, "parameters": [name, version]}},
+        "/v1/admin/reload": {
+            "post": _get(
+                "Follow the store now: needs the bearer token of CELLSERVE_ADMIN_TOKEN, and is 404 where there is none",
+                "operation",
+                _json({"type": "object"}),
+                (),
+                (401, 404),
+            )
+        },
+        "/livez": {
+            "get": _get("Whether the process works", "operation", _json({"type": "object"}), (), (503,)),
+        },
         "/readyz": {
             "get": _get(
                 "Whether every model answers, and if not, why", "operation", _json({"type": "object"}), (), (503,)

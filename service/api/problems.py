@@ -20,6 +20,7 @@ STATUS: dict[type[errors.CellserveError], int] = {
     errors.MalformedBody: 400,
     errors.EmptyBody: 400,
     errors.InvalidOption: 400,
+    errors.NotAuthorised: 401,
     errors.RouteNotFound: 404,
     errors.ModelNotFound: 404,
     errors.TaskNotOffered: 404,
@@ -44,6 +45,7 @@ STATUS: dict[type[errors.CellserveError], int] = {
     errors.UnstableBits: 500,
     errors.ModelNotReady: 503,
     errors.NotReady: 503,
+    errors.NotAlive: 503,
     errors.ShuttingDown: 503,
     errors.RequestTimeout: 504,
     errors.DeadlinePassed: 504,
@@ -94,6 +96,8 @@ def _headers(error: errors.CellserveError) -> dict[str, str]:
     headers = {}
     if isinstance(error, errors.QueueFull | errors.TooManyBytes | errors.DeadlineTooShort):
         headers["Retry-After"] = str(error.retry_after_seconds)
+    if isinstance(error, errors.NotAuthorised):
+        headers["WWW-Authenticate"] = "Bearer"
     if isinstance(error, errors.MethodNotAllowed):
         headers["Allow"] = error.allowed
     if isinstance(error, errors.BodyTooLarge | errors.BodyTimeout | errors.TooManyBytes | errors.ShuttingDown):

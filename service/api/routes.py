@@ -10,6 +10,7 @@ from starlette.routing import Route
 from service import metrics
 from service.api import catalogue, health, oip, oip_infer, openapi, problems
 from service.api.access import Access, route
+from service.api.drain import Draining
 from service.api.request_id import RequestId
 from service.api.state import State
 from service.api.tasks import endpoint
@@ -28,6 +29,9 @@ def build_api(state: State) -> Starlette:
         route("/v1/models/{name}/versions/{version}", catalogue.show_model, "GET"),
         route("/v1/models/{name}/versions/{version}/genes", catalogue.show_genes, "GET"),
         *oip_routes(),
+        route("/v1/models/{name}/ready", health.model_ready, "GET"),
+        route("/v1/models/{name}/versions/{version}/ready", health.model_ready, "GET"),
+        route("/v1/admin/reload", catalogue.reload, "POST"),
         route("/livez", health.livez, "GET"),
         route("/readyz", health.readyz, "GET"),
         route("/metrics", health.scrape, "GET"),
@@ -36,7 +40,12 @@ def build_api(state: State) -> Starlette:
     app = Starlette(
         routes=routes,
         # The id first, so that every line and problem below carries it; problems innermost, so that their status is measured.
-        middleware=[Middleware(RequestId), Middleware(Access), Middleware(problems.Problems)],
+        middleware=[
+            Middleware(RequestId),
+            Middleware(Draining, state=state),
+            Middleware(Access),
+            Middleware(problems.Problems),
+        ],
         exception_handlers={HTTPException: problems.from_starlette, CellserveError: problems.from_starlette},
     )
     app.router.redirect_slashes = False

@@ -10,6 +10,7 @@ from service.api.limits import Intake
 from service.api.oip_statistics import Statistics
 from service.inference.batcher import Batcher
 from service.inference.models import Models
+from service.inference.shadow import Shadows
 
 
 @dataclass
@@ -18,6 +19,7 @@ class State:
 
     models: Models
     batcher: Batcher
+    shadows: Shadows
     intake: Intake
     parsers: ThreadPoolExecutor
     """Threads that read bodies and align genes; their number bounds the memory that parsing takes."""
@@ -25,9 +27,15 @@ class State:
     max_cells: int
     max_decoded_bytes: int
     timeout_seconds: float
+    stall_seconds: float = 60.0
+    """A chunk that runs longer than this is not going to end."""
+
+    admin_token: str | None = None
     is_draining: bool = False
     statistics: Statistics = field(default_factory=Statistics)
     """Of the requests of the Open Inference Protocol."""
+    n_in_flight: int = 0
+    """Requests being answered, other than probes."""
 
 
 def state(request: Request) -> State:

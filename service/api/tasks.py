@@ -4,7 +4,7 @@ import asyncio
 import math
 import re
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 
 from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
@@ -31,6 +31,7 @@ from service.inference import TASKS
 from service.inference.batcher import Timing, Work
 from service.inference.model import Model
 from service.inference.query import Query, prepare
+from service.inference.shadow import Answered
 from service.inference.task import Task
 
 MODEL_OPTION = "model"
@@ -50,8 +51,9 @@ def endpoint(task: Task) -> Endpoint:
         # Everything that can be refused without the body is, before it is read.
         body_type = body_format(request.headers.get("content-type"))
         answer_type = answer_format(request.headers.get("accept"), body_type)
-        model = find_model(app, request, task)
-        work = Work(model=model, task=task, options=task.read_options(query_options(request), model))
+        model = await find_model(app, request, task)
+        options = query_options(request)
+        work = Work(model=model, task=task, options=task.read_options(options, model))
         if request.headers.get(streaming.HEADER) == "1":
             return await _stream(app, request, work, body_type, answer_type)
         async with app.intake.body(request) as body, cancelled_on_disconnect(request):
@@ -60,18 +62,27 @@ def endpoint(task: Task) -> Endpoint:
             else:
                 loop = asyncio.get_running_loop()
                 query, seconds = await loop.run_in_executor(app.parsers, _read, app, model, body_type, body)
-            return await _answer(app, work, query, seconds, answer_type, deadline)
+
+            def answered(first: Columns) -> None:
+                app.shadows.offer(Answered(model, task, options, body_type, body, first))
+
+            return await _answer(app, work, query, seconds, answer_type, deadline, answered)
 
     return answer
 
 
-def find_model(app: State, request: Request, task: Task) -> Model:
-    """The model that the query names, if it offers the task.
+async def find_model(app: State, request: Request, task: Task) -> Model:
+    """The version that answers what the query names, if it offers the task; loaded for it where it was unloaded.
 
     Raises:
         ModelNotFound, ModelNotReady, TaskNotOffered.
+        RequestTimeout: it could not be loaded in time.
     """
-    model = app.models.get(request.query_params.get(MODEL_OPTION))
+    try:
+        async with asyncio.timeout(app.timeout_seconds):
+            model = await app.models.obtain(request.query_params.get(MODEL_OPTION), request_id.current.get())
+    except TimeoutError:
+        raise RequestTimeout(limit_seconds=app.timeout_seconds) from None
     if not offers(model, task):
         offered = ", ".join(other.name for other in TASKS.values() if offers(model, other))
         raise TaskNotOffered(model=model.id, task=task.name, offered=offered)
@@ -157,12 +168,19 @@ async def _stream(app: State, request: Request, work: Work, body_type: Format, a
 
 
 async def _answer(
-    app: State, work: Work, query: Query, seconds: dict[str, float], answer_type: Format, deadline: float
+    app: State,
+    work: Work,
+    query: Query,
+    seconds: dict[str, float],
+    answer_type: Format,
+    deadline: float,
+    answered: Callable[[Columns], None],
 ) -> Response:
     """Compute the first chunk, so that what can go wrong has gone wrong before the status is sent; stream the rest."""
     timing = Timing()
     chunks = app.batcher.run(work, query.counts, timing, deadline)
     first = await next_chunk(chunks, min(app.timeout_seconds, max(0.0, deadline - time.monotonic())))
+    answered(first)
     is_whole = n_cells(first) == query.counts.shape[0]
     until_now = {**seconds, "queue": timing.queue_seconds, "compute": timing.compute_seconds}
     headers = {

@@ -4,10 +4,11 @@ import json
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from service.contract import artifact, strict_json
+from service.contract import artifact, strict_json, traffic
+from service.contract.traffic import MAX_TRAFFIC_BYTES, TRAFFIC, Traffic
 from service.errors import InvalidArtifact, ModelNotFound
 
 ALIASES = "aliases.json"
@@ -37,6 +38,9 @@ class Listing:
 
     aliases: Mapping[str, Mapping[str, str]]
     """Version by alias, by name."""
+
+    traffic: Mapping[str, Traffic] = field(default_factory=dict)
+    """Of the models that have a traffic.json, by name."""
 
     def ids(self) -> tuple[ModelId, ...]:
         """Every version of every model."""
@@ -105,6 +109,49 @@ class Store:
                 raise InvalidArtifact(path=str(path), problem=f"{alias!r} points to {version!r}, which is no version")
         return dict(aliases)
 
+    def traffic(self, name: str) -> Traffic:
+        """What traffic.json says; nothing where there is none.
+
+        Raises:
+            InvalidArtifact: it is not as documented, or names what is neither version nor alias.
+        """
+        path = self.root / name / TRAFFIC
+        if not _NAME.fullmatch(name) or not os.path.lexists(path):
+            return Traffic()
+        try:
+            found = traffic.parse(strict_json.loads(artifact.read_regular(path, MAX_TRAFFIC_BYTES)))
+        except ValueError as error:
+            raise InvalidArtifact(path=str(path), problem=str(error)) from None
+        known = {*self.versions(name), *self.aliases(name)}
+        if unknown := next((target for target in found.targets() if target not in known), None):
+            raise InvalidArtifact(path=str(path), problem=f"{unknown!r} is neither a version nor an alias")
+        return found
+
+    def problem(self) -> str | None:
+        """Why the store cannot be read at this moment; None where it can."""
+        try:
+            next(self.root.iterdir(), None)
+        except OSError as error:
+            return f"{self.root} cannot be read ({error.strerror})"
+        return None
+
+    def has(self, name: str) -> bool:
+        """Whether the model's directory is there, readable or not."""
+        return os.path.lexists(self.root / name)
+
+    def fingerprint(self, model: ModelId) -> tuple[tuple[str, int, int, int], ...]:
+        """Changes when a file of the version does: names, sizes, times and inodes, without reading any."""
+        found = []
+        for folder, _, files in os.walk(self.path(model)):
+            for name in files:
+                path = Path(folder) / name
+                try:
+                    about = path.lstat()
+                except OSError:
+                    continue  # it went away meanwhile, which is a change by itself
+                found.append((str(path), about.st_ino, about.st_size, about.st_mtime_ns))
+        return tuple(sorted(found))
+
     def listing(self) -> Listing:
         """Everything that the store holds now.
 
@@ -142,6 +189,18 @@ class Store:
         aliases = {**self.aliases(model.name), alias: model.version}
         content = json.dumps(aliases, indent=2, sort_keys=True).encode() + b"\n"
         artifact.write_atomically(self.root / model.name / ALIASES, content)
+
+    def set_traffic(self, name: str, wanted: Traffic) -> None:
+        """Let traffic.json say this, from one moment to the next.
+
+        Raises:
+            ModelNotFound: there is no such model, or it has no such version or alias.
+        """
+        self.resolve(name)
+        for target in wanted.targets():
+            self.resolve(f"{name}@{target}")
+        content = json.dumps(wanted.model_dump(exclude_none=True), indent=2, sort_keys=True).encode() + b"\n"
+        artifact.write_atomically(self.root / name / TRAFFIC, content)
 
 
 def _listing(path: Path, pattern: re.Pattern[str]) -> list[str]:

@@ -42,9 +42,9 @@ class Work:
     options: Options
 
     @property
-    def key(self) -> tuple[str, str, Options]:
-        """Equal for what may run together."""
-        return self.model.id, self.task.name, self.options
+    def key(self) -> tuple[str, str, Options, int]:
+        """Equal for what may run together. A version that was unloaded and loaded again is another object of the same name."""
+        return self.model.id, self.task.name, self.options, id(self.model)
 
 
 @dataclass(eq=False)
@@ -119,6 +119,7 @@ class Batcher:
         self._is_stopping = False
         self.runs: defaultdict[str, defaultdict[int, Runs]] = defaultdict(lambda: defaultdict(Runs))
         """By model and number of rows."""
+        self._running_since: float | None = None
 
     def start(self) -> None:
         """Begin to take work."""
@@ -201,6 +202,21 @@ class Batcher:
         """Whether the queue is being worked off."""
         return self._task is not None and not self._task.done()
 
+    @property
+    def is_dead(self) -> bool:
+        """Whether it was started and has ended without being asked to."""
+        return self._task is not None and self._task.done() and not self._is_stopping
+
+    @property
+    def running_seconds(self) -> float:
+        """How long the chunk that runs at this moment has been running; 0 between chunks."""
+        return time.monotonic() - self._running_since if self._running_since is not None else 0.0
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether nothing waits and nothing runs."""
+        return not self._n_queued and self._running_since is None
+
     def retry_after_seconds(self) -> int:
         """Seconds after which what waits now should have run, at the speed that was measured; at least 1, at most 60."""
         return min(60, max(1, math.ceil(self._n_queued / self._rows_per_second))) if self._rows_per_second else 1
@@ -230,7 +246,7 @@ class Batcher:
                 continue
             n_rows = sum(stop - start for _, start, stop in pieces)
             is_few, kind = n_rows <= FEW_ROWS, pieces[0][0].work.key[:2]
-            started = time.monotonic()
+            started = self._running_since = time.monotonic()
             try:
                 if is_few and kind in self._quick:
                     columns = _compute(pieces)
@@ -242,6 +258,8 @@ class Batcher:
                     # It will not run again: the request ends with this error, and its rows leave the queue with it.
                     _deliver(ticket, error)
                 continue
+            finally:
+                self._running_since = None
             seconds = time.monotonic() - started
             if is_few:
                 (self._quick.add if seconds < QUICK_SECONDS else self._quick.discard)(kind)

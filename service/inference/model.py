@@ -116,8 +116,13 @@ class _Buffers(threading.local):
 _buffers = _Buffers()
 
 
-def load(artifact: Artifact, runtime: Runtime) -> Model:
-    """Make sessions of an artifact's graphs and let its golden cells prove them on this machine.
+def load(artifact: Artifact, runtime: Runtime, is_quiet: bool = False) -> Model:
+    """Make sessions of an artifact's graphs and let its golden cells prove them on this machine, which also warms them up.
+
+    Args:
+        artifact: read and verified.
+        runtime: where it runs.
+        is_quiet: prove in the calling thread, so that thousands of golden rows do not stand before requests in the runtime's pool.
 
     Raises:
         InvalidArtifact: a graph or the golden file is not as the manifest says.
@@ -128,7 +133,8 @@ def load(artifact: Artifact, runtime: Runtime) -> Model:
     sessions = {}
     for name, graph in manifest.graphs.items():
         session = Session(artifact.graph(name), graph, runtime, str(artifact.path / graph.file))
-        outputs = session.prove_shapes({tensor.name: golden[f"{name}/{tensor.name}"] for tensor in graph.inputs})
+        cells = {tensor.name: golden[f"{name}/{tensor.name}"] for tensor in graph.inputs}
+        outputs = session.prove_shapes(cells, is_quiet)
         for tensor, values in outputs.items():
             key = f"{name}/{tensor}"
             # NaN compares as unequal to everything, so it must not pass as "not larger than".

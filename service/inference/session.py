@@ -146,6 +146,7 @@ class Session:
                 described = ", ".join(f"{tensor.name} {tensor.type} {tensor.shape}" for tensor in found)
                 raise InvalidArtifact(path=path, problem=f"its {kind} are {described}, not those of the manifest")
         self._pool = runtime.pool
+        self._is_quiet = False
         self.outputs = tuple(tensor.name for tensor in graph.outputs)
         self.shapes = SHAPES
 
@@ -184,15 +185,17 @@ class Session:
             arrays = self._session.run(self.outputs, inputs_of(rows, n_rows))
             return [array[:n_piece] for array in arrays]
 
-        pieces = [run_piece(slices[0])] if len(slices) == 1 else list(self._pool.map(run_piece, slices))
+        is_inline = len(slices) == 1 or self._is_quiet
+        pieces = [run_piece(rows) for rows in slices] if is_inline else list(self._pool.map(run_piece, slices))
         joined = pieces[0] if len(pieces) == 1 else [np.concatenate(arrays) for arrays in zip(*pieces, strict=True)]
         return dict(zip(self.outputs, joined, strict=True))
 
-    def prove_shapes(self, inputs: Mapping[str, Array]) -> dict[str, NDArray[np.float32]]:
+    def prove_shapes(self, inputs: Mapping[str, Array], is_quiet: bool = False) -> dict[str, NDArray[np.float32]]:
         """Keep the shapes under which every golden cell has one and the same bits, in every place of them.
 
         Args:
             inputs: of the golden cells, at least one.
+            is_quiet: run in the calling thread only, while requests of other models keep the pool.
 
         Returns:
             The outputs of the golden cells, as every later run will give them.
@@ -200,7 +203,11 @@ class Session:
         Raises:
             UnstableBits: no shape gives a cell the same bits in all its places.
         """
-        answers = {shape: self._in_every_place(inputs, shape) for shape in SHAPES}
+        self._is_quiet = is_quiet
+        try:
+            answers = {shape: self._in_every_place(inputs, shape) for shape in SHAPES}
+        finally:
+            self._is_quiet = False
         stable = [shape for shape, answer in answers.items() if answer is not None]
         if not stable:
             raise UnstableBits(graph=self._path)

@@ -8,6 +8,8 @@ import pandas as pd
 import pytest
 
 from service import cli
+from service.contract.store import Store
+from service.contract.traffic import Split, Traffic
 from service.inference import TASKS
 from service.inference.model import Model
 from tests.builders import counts, gene_table, write_artifact
@@ -62,6 +64,21 @@ def test_alias(run) -> None:
     assert run("alias", "tiny@1", "canary") == (0, "tiny@canary is tiny@1 now\n")
     assert run("alias", "tiny@9")[0] == 1
     assert "cannot be an alias" in run("alias", "tiny@1", "1")[1]
+
+
+def test_traffic(run, tmp_path: Path) -> None:
+    """A split and a shadow are written, and ended by a call without options; what is not there is refused."""
+    store = Store(tmp_path / "store")
+    assert run("traffic", "tiny", "--to", "1", "--share", "0.25", "--shadow", "1") == (
+        0,
+        "tiny: 25.0% to tiny@1, with tiny@1 as shadow\n",
+    )
+    assert store.traffic("tiny") == Traffic(split=Split(to="1", share=0.25), shadow="1")
+    assert run("traffic", "tiny", "--to", "9")[0] == 1
+    assert run("traffic", "tiny", "--to", "1", "--share", "1.5")[0] != 0
+    assert store.traffic("tiny").shadow == "1"
+    assert run("traffic", "tiny") == (0, "tiny: all to the default version\n")
+    assert store.traffic("tiny") == Traffic()
 
 
 @pytest.mark.parametrize("task", TASKS)

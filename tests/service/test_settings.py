@@ -44,6 +44,16 @@ def test_what_is_wrong_is_named(monkeypatch: pytest.MonkeyPatch, name: str, valu
         read_settings()
 
 
+def test_a_secret_is_not_repeated(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A token that is too short is refused by name, without what it was; a good one shows nowhere either."""
+    monkeypatch.setenv("CELLSERVE_ADMIN_TOKEN", "short")
+    with pytest.raises(SettingsError, match="CELLSERVE_ADMIN_TOKEN") as refused:
+        read_settings()
+    assert "short" not in str(refused.value).replace("too_short", "")
+    monkeypatch.setenv("CELLSERVE_ADMIN_TOKEN", "long enough to be one")
+    assert "long enough" not in repr(read_settings())
+
+
 def test_every_setting_says_what_it_does() -> None:
     """Each field carries the sentence that stands in docs/serve.md."""
     for field in Settings.model_fields.values():
@@ -68,6 +78,12 @@ def test_every_setting_says_what_it_does() -> None:
         ("body_timeout_seconds", "nan"),
         ("timeout_seconds", "-1"),
         ("timeout_seconds", "a minute"),
+        ("store_poll_s", "0"),
+        ("store_poll_s", "inf"),
+        ("max_loaded", "0"),
+        ("drain_seconds", "0"),
+        ("drain_seconds", "60"),
+        ("stall_seconds", "-1"),
         ("log_level", "LOUD"),
         ("log_level", "info"),
         ("provider", "CPU"),

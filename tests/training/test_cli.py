@@ -6,8 +6,10 @@ from pathlib import Path
 import pytest
 import yaml
 
+from tests.training.evaluation.conftest import hide
 from tests.training.tiny import SETTINGS
 from training import cli
+from training.evaluation import command as evaluation
 
 
 @pytest.fixture
@@ -16,6 +18,7 @@ def command(tiny_sets: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ca
     (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(SETTINGS))
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(cli.console, "width", 200)
+    monkeypatch.setattr(evaluation.console, "width", 200)
 
     def run(*words: str) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["training", *words])
@@ -27,8 +30,9 @@ def command(tiny_sets: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ca
     return run
 
 
-def test_from_counts_to_a_version_and_back(command, tmp_path: Path) -> None:
+def test_from_counts_to_a_version_and_back(command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """fit, evaluate, export, reproduce; reproduce fails where a graph differs."""
+    hide(monkeypatch, "scib_metrics")  # which compiles for a minute
     code, out, _ = command("fit", "tiny.yaml", "--output", "run", "--set", "fit.max_epochs=2")
     assert code == 0
     assert "of 2, validation loss" in out

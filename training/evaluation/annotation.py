@@ -38,8 +38,8 @@ Predict = Callable[[sp.csr_matrix], Labels]
 
 
 def score_within(run: Run, model: Model) -> dict[str, float]:
-    """Accuracy and macro-F1 of a served model on cells that it was not trained on; empty for a model without labels."""
-    if not model.manifest.labels:
+    """Accuracy and macro-F1 of a served model on cells that it was not trained on; empty for a run without labels."""
+    if not is_annotating(run):
         return {}
     figures = {}
     for name, positions in query_sets(run).items():
@@ -49,12 +49,20 @@ def score_within(run: Run, model: Model) -> dict[str, float]:
 
 
 def query_sets(run: Run) -> dict[str, NDArray[np.int64]]:
-    """Positions of held-out cells by name: those of each set, and those that were published apart."""
+    """Positions of held-out cells with a label of the first level, by name: those of each set, and those that were published apart."""
     held_out = run.split.positions(run.reference, TEST)
     dataset = run.reference.obs["dataset"].to_numpy()
     sets = {f"held_out_{name}": held_out[dataset[held_out] == name] for name in run.config.datasets}
     sets["published_test"] = run.split.positions(run.reference, PUBLISHED)
+    level = run.config.labels[0]
+    is_labelled = run.reference.obs[level.name].astype(str).isin(set(level.classes)).to_numpy()
+    sets = {name: positions[is_labelled[positions]] for name, positions in sets.items()}
     return {name: positions for name, positions in sets.items() if len(positions)}
+
+
+def is_annotating(run: Run) -> bool:
+    """Whether the run classifies by labels of its data; a mixture without labels classifies too, by clusters of its own."""
+    return bool(run.config.labels) and "classify" in run.family.graphs()
 
 
 def compare_methods(run: Run, is_across: bool = True, show: Callable[[str], object] = str) -> list[dict[str, object]]:
@@ -69,7 +77,7 @@ def compare_methods(run: Run, is_across: bool = True, show: Callable[[str], obje
         One row per query: name, number of cells, and accuracy and macro-F1 of ours and of each of REGRESSIONS. Empty for a run without a
         classifier.
     """
-    if "classify" not in run.family.graphs():
+    if not is_annotating(run):
         return []
     rows = []
     with tempfile.TemporaryDirectory() as scratch:
@@ -87,7 +95,7 @@ def compare_methods(run: Run, is_across: bool = True, show: Callable[[str], obje
 
 def annotate(run: Run, family: Family) -> dict[str, dict[str, float]]:
     """Accuracy and macro-F1 of any model of the run through torch, by query; empty without a classifier."""
-    if family.classifier is None:
+    if not is_annotating(run):
         return {}
     queries = query_sets(run).items()
     return {name: score(run.config, run.reference[rows], run.prepared, trained(family)) for name, rows in queries}

@@ -100,7 +100,9 @@ def measure(cells: AnnData, name: str, seed: int = 0) -> Measured:
         shown.append(values[inside - start])
     mean = log_sum / max(n_cells, 1)
     variance = np.maximum(log_square / max(n_cells, 1) - mean**2, 0.0)
-    components = _components(sp.vstack(shown, format="csr"), seed)
+    values = sp.vstack(shown, format="csr")
+    # arpack has nothing to begin with where all cells are the same.
+    components = _components(values, seed) if variance.max(initial=0.0) > 1e-9 else np.zeros((values.shape[0], 2))
     return Measured(
         counts_per_cell, genes_per_cell, total, expressed, mean, variance, largest, components, plotted, used
     )

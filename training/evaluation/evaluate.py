@@ -16,7 +16,7 @@ from training.evaluation.abilities import cluster_probabilities, decodes_counts,
 from training.evaluation.cells import PARTS, Sample, dense, draw, encode, minibatches
 from training.evaluation.integration import integration
 from training.evaluation.latent import agreement
-from training.evaluation.losses import DIVERGENCE, RECONSTRUCTION, loss_parts
+from training.evaluation.losses import evidence_bound, loss_parts
 from training.evaluation.molecules import held_out_molecules
 from training.evaluation.reconstruction import reconstruction
 from training.families.family import Family
@@ -101,8 +101,9 @@ def _losses(run: Run, family: Family, samples: dict[str, Sample]) -> dict[str, d
     for part in (TRAIN, VALIDATION, TEST):
         if len(samples[part]):
             parts = loss_parts(family, samples[part].cells, n_batches, rows, run.config.seed)
-            if DIVERGENCE in parts and RECONSTRUCTION in parts:
-                parts["evidence_bound"] = -(parts[RECONSTRUCTION] + parts[DIVERGENCE])
+            bound = evidence_bound(parts)
+            if bound is not None:
+                parts["evidence_bound"] = bound
             found[part] = parts
     return found
 

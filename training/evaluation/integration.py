@@ -44,11 +44,13 @@ def integration(
     batch = cells.batch[used]
     n_batches, n_cells = len(np.unique(batch)), int(used.sum())
     if n_batches < 2:
-        return {"skipped": "The cells are of one batch."}
+        return {"skipped": "The cells are of fewer than two batches."}
     if n_cells <= N_NEIGHBOURS:
         return {"skipped": f"{n_cells} cells are too few: the metrics look at {N_NEIGHBOURS} neighbours of each."}
     if importlib.util.find_spec("scib_metrics") is None:
-        return {"skipped": "scib-metrics is not installed. Install it to see how batches mix."}
+        return {
+            "skipped": "scib-metrics is not installed. `pip install scib-metrics` (it is in the train extra) to see how batches mix."
+        }
     values = log_normalise(cells.counts[used])
     n_components = min(N_COMPONENTS, min(values.shape) - 1)
     # arpack centres in passing; a sparse matrix that was centred itself would be dense.

@@ -7,7 +7,9 @@ from training.data.minibatches import Cells
 from training.evaluation.cells import known_batches, minibatches
 from training.families.family import Example, Family
 
-RECONSTRUCTION, DIVERGENCE = "reconstruction", "divergence"
+RECONSTRUCTION = "reconstruction"
+DIVERGENCES = ("divergence", "cluster_divergence")
+"""Of the latent, and in a mixture of the components too."""
 
 
 def loss_parts(family: Family, cells: Cells, n_batches: int, rows: int, seed: int) -> dict[str, float]:
@@ -37,3 +39,9 @@ def loss_parts(family: Family, cells: Cells, n_batches: int, rows: int, seed: in
                 for name, value in family.loss(example).items():
                     sums[name] = sums.get(name, 0.0) + float(value) * len(positions) / len(variants)
     return {name: total / len(cells) for name, total in sums.items()}
+
+
+def evidence_bound(parts: dict[str, float]) -> float | None:
+    """Lower bound of ln p(x) in nats per cell, divergences weighing 1 whatever they weighed in training; None for a family without them."""
+    found = [parts[name] for name in DIVERGENCES if name in parts]
+    return -(parts[RECONSTRUCTION] + sum(found)) if found and RECONSTRUCTION in parts else None

@@ -63,8 +63,8 @@ def sample(run: Run, n_cells: int, seed: int, batch: str | None = None) -> AnnDa
     codes = train.batch[chosen]
     blocks = []
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
-        # torch's distributions draw from the global generator.
-        torch.manual_seed(seed)
+        # torch's distributions draw from the global generator. With `seed` itself it would repeat the numbers that made the latent.
+        torch.manual_seed(int(draws.integers(2**63)))
         for rows in minibatches(n_cells):
             known = family.distribution(latent[rows], torch.from_numpy(library[rows]), torch.from_numpy(codes[rows]))
             blocks.append(sp.csr_matrix(known.sample().numpy().astype(np.float32)))
@@ -99,5 +99,5 @@ def _provenance(run: Run, n_cells: int, seed: int, batch: str | None, is_counts:
         "values": "raw counts" if is_counts else "values that the likelihood explains, not counts",
         "run_created": str(run.provenance.get("created", "")),
         "code_commit": str(run.provenance.get("code_commit", "")),
-        "torch": torch.__version__,
+        "torch": str(torch.__version__),
     }
