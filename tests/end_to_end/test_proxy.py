@@ -122,7 +122,7 @@ def test_limits_match_ours() -> None:
     unit = (DEPLOY / "cellserve.service").read_text()
     assert int(re.search(r"TimeoutStopSec=(\d+)", unit)[1]) > defaults["timeout_seconds"]
     compose = (DEPLOY / "compose.yaml").read_text()
-    assert int(re.search(r"stop_grace_period: (\d+)s", compose)[1]) > defaults["timeout_seconds"]
+    assert int(re.search(r"stop_grace_period: (\d+)s", compose)[1]) > defaults["drain_seconds"]
 
 
 def test_systemd_unit(tmp_path: Path) -> None:

@@ -39,14 +39,15 @@ class GMVAEHyperparameters(ObservingHyperparameters):
     prior_probabilities: tuple[Annotated[float, Field(gt=0)], ...] | None = None
     """With a custom prior."""
 
-    free_nats: Annotated[float, Field(ge=0, le=1)] = 0.0
+    free_nats: Annotated[float, Field(ge=0, le=1)] = 0.9
     """Share of the prior's entropy that the divergence of components costs nothing below, so that components do not vanish."""
 
     kl_weight: Annotated[float, Field(ge=0)] = 1.0
     """Weight of both divergences (beta)."""
 
     kl_warmup_epochs: Annotated[int, Field(ge=0)] = 20
-    """Epochs over which that weight rises from 0."""
+    """Epochs over which the weight of the latent's divergence rises from 0. That of the components counts from the first epoch: scVAE warms
+    up both, and then one component takes all cells before there is a price for it."""
 
     decoder_uses_batch: bool = True
     """Give the decoder the technical batch, so that the latent need not hold it."""
@@ -150,12 +151,13 @@ class GMVAE(ObservingFamily):
         warm = min(1.0, (example.epoch + 1) / hp.kl_warmup_epochs) if hp.kl_warmup_epochs else 1.0
         counted = of_cluster
         if hp.free_nats and self.training:
-            counted = of_cluster.clamp(min=-hp.free_nats * float((log_prior.exp() * log_prior).sum()))
+            entropy = -(log_prior.exp() * log_prior).sum().detach()
+            counted = of_cluster.clamp(min=hp.free_nats * float(entropy))
         return {
             "reconstruction": reconstruction,
             "divergence": of_latent,
             "cluster_divergence": of_cluster,
-            "loss": reconstruction + warm * hp.kl_weight * (of_latent + counted),
+            "loss": reconstruction + hp.kl_weight * (warm * of_latent + counted),
         }
 
     def conclude(self, examples: Iterable[Example]) -> None:

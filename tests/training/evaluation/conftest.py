@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,13 +16,15 @@ Evaluated = tuple[run.Run, Path, dict[str, Any]]
 
 
 @pytest.fixture(scope="session")
-def evaluated(family_run: tuple[run.Run, Path]) -> Evaluated:
+def evaluated(family_run: tuple[run.Run, Path], tmp_path_factory: pytest.TempPathFactory) -> Evaluated:
     """A finished tiny run of each family, its directory, and what `evaluate --model all` wrote.
 
     Without what takes most of the time and is tested elsewhere: scib-metrics (test_integration.py) and the choice of C
     (test_annotation.py).
     """
-    made, directory = family_run
+    made, original = family_run
+    directory = tmp_path_factory.mktemp("evaluated") / "run"
+    shutil.copytree(original, directory)
     with pytest.MonkeyPatch.context() as monkeypatch:
         hide(monkeypatch, "scib_metrics")
         monkeypatch.setattr(annotation, "REGRESSIONS", {"logistic_regression": ((1.0,), None)})

@@ -57,7 +57,7 @@ OTHER: dict[str, Any] = {
     "covariance": "full",
     "prior": "inferred",
     "prior_probabilities": (0.5, 0.3, 0.2),
-    "free_nats": 1.0,
+    "free_nats": 0.0,
     "decoder_uses_batch": True,
     "reconstruction_weight": 3.0,
     "kl_weight": 3.0,

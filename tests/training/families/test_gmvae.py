@@ -92,12 +92,13 @@ def test_free_nats_are_free_while_training_only() -> None:
         torch.manual_seed(0)
         losses = family.loss(cells)
         counted = losses["loss"] - losses["reconstruction"] - losses["divergence"]
-        assert float(losses["cluster_divergence"]) < np.log(3)
-        assert float(counted) == pytest.approx(np.log(3) if is_free else float(losses["cluster_divergence"]), rel=1e-3)
+        found = float(losses["cluster_divergence"].detach())
+        assert found < np.log(3)
+        assert float(counted.detach()) == pytest.approx(np.log(3) if is_free else found, rel=1e-3)
         family.eval()
         losses = family.loss(cells)
         counted = losses["loss"] - losses["reconstruction"] - losses["divergence"]
-        assert float(counted) == pytest.approx(float(losses["cluster_divergence"]), abs=1e-3)
+        assert float(counted.detach()) == pytest.approx(float(losses["cluster_divergence"].detach()), abs=1e-3)
 
 
 def test_priors() -> None:
@@ -105,7 +106,7 @@ def test_priors() -> None:
     share = {name: torch.softmax(build("gmvae", prior=name).prior_logits, dim=0) for name in ("uniform", "inferred")}
     torch.testing.assert_close(share["uniform"], torch.full((3,), 1 / 3))
     torch.testing.assert_close(share["inferred"], torch.tensor([51.0, 11.0, 6.0]) / 68.0)
-    learned = build("gmvae", prior="learned")
+    learned = build("gmvae", prior="learned", free_nats=0.0)
     learned.loss(example())["loss"].backward()
     assert learned.prior_logits.grad.abs().sum() > 0
     with pytest.raises(ValueError, match=r"sum to 0\.9"):
@@ -130,7 +131,7 @@ def test_planted_types_are_found_without_labels(tiny_sets: None, tmp_path: Path)
     config = tiny_config(
         family="gmvae",
         model={"hidden": [32], "n_latent": 4, "kl_warmup_epochs": 30, "n_clusters": 3},
-        fit={"max_epochs": 60, "patience": 60, "rows": 32, "device": "cpu", "learning_rate": 0.003},
+        fit={"max_epochs": 60, "patience": 60, "rows": 32, "device": "cpu", "learning_rate": 0.01},
     )
     made = run.fit(config, tmp_path / "run", show_progress=False)
     assert isinstance(made.family, GMVAE)

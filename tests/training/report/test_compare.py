@@ -2,6 +2,7 @@
 
 import json
 import xml.etree.ElementTree as ET
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,7 @@ import pandas as pd
 import pytest
 from typer.testing import CliRunner
 
-from tests.training.tiny import register, tiny_config
+from tests.training.tiny import SETS, register, tiny_config
 from training import cli, run
 from training.data import registry
 from training.report import compare as comparing
@@ -23,7 +24,7 @@ CHANGES = {
 
 
 @pytest.fixture(scope="module")
-def runs_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def runs_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A folder of tiny runs; the cells are gone from the registry when a test reads it."""
     folder = tmp_path_factory.mktemp("runs")
     with pytest.MonkeyPatch.context() as monkeypatch:
@@ -37,8 +38,11 @@ def runs_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "models": {"best": {"epoch": 2, "loss": {"test": {"loss": 3.0}}, "latent": {"silhouette": 0.25, "n_cells": 9}}},
     }
     (folder / "narrow" / "evaluation.json").write_text(json.dumps(evaluation))
-    assert "tiny_a" not in registry.DATASETS
-    return folder
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        for name in SETS:
+            # No cell can be read any more.
+            monkeypatch.delitem(registry.DATASETS, name, raising=False)
+        yield folder
 
 
 def test_figures_are_those_of_the_files(runs_folder: Path) -> None:
