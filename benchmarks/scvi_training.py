@@ -1,6 +1,6 @@
 """The scvi-tools side of training_speed.py; runs in an environment of its own (requirements/benchmark.txt) and knows nothing of this project.
 
-Arguments: cells.h5ad n_epochs likelihood device n_threads. Prints cells per second by epoch and the peak of memory as its last line.
+Arguments: cells.h5ad n_epochs likelihood device n_threads precision. Prints cells per second by epoch and the peak of memory as its last line.
 """
 
 import json
@@ -14,7 +14,7 @@ import scvi
 from training_clock import Clock
 
 
-def main(path: str, n_epochs: str, likelihood: str, device: str, n_threads: str) -> None:
+def main(path: str, n_epochs: str, likelihood: str, device: str, n_threads: str, precision: str) -> None:
     """Train and print."""
     scvi.settings.num_threads = int(n_threads)
     scvi.settings.seed = 0
@@ -29,6 +29,7 @@ def main(path: str, n_epochs: str, likelihood: str, device: str, n_threads: str)
         accelerator="gpu" if device == "cuda" else "cpu",
         devices=1,
         batch_size=128,
+        precision=precision,
         train_size=0.9,
         callbacks=[clock],
         enable_progress_bar=False,

@@ -8,6 +8,7 @@ each side's defaults: ours then also computes the validation loss and writes a c
 """
 
 import argparse
+import itertools
 import json
 import os
 import resource
@@ -67,7 +68,7 @@ def _named(counts: sp.csr_matrix) -> ad.AnnData:
     return ad.AnnData(counts, obs=obs, var=pd.DataFrame(index=[f"GENE{i}" for i in range(counts.shape[1])]))
 
 
-def our_side(path: Path, n_epochs: int, likelihood: str, device: str, n_threads: int) -> dict[str, Any]:
+def our_side(path: Path, n_epochs: int, likelihood: str, device: str, n_threads: int, precision: str) -> dict[str, Any]:
     """Fit `vae` in this process: cells per second by epoch, peak of memory in GiB."""
     from training import fit as fitting
     from training import progress, run
@@ -102,6 +103,7 @@ def our_side(path: Path, n_epochs: int, likelihood: str, device: str, n_threads:
                 "gradient_clip": None,
                 "device": device,
                 "n_threads": n_threads,
+                "precision": precision,
             },
         }
     )
@@ -127,13 +129,18 @@ def main() -> int:
     parser.add_argument("--device", choices=list(GOAL), default="cpu")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--likelihoods", nargs="+", default=["nb"], choices=["nb", "zinb"])
+    parser.add_argument("--precisions", nargs="+", default=["32-true"], help="of both sides, as Lightning names them")
     parser.add_argument("--scvi-python", default=os.environ.get("CELLSERVE_BENCH_PYTHON"))
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks/training_speed.json")
     parser.add_argument("--ours", nargs=2, metavar=("CELLS", "LIKELIHOOD"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.ours:
         path, likelihood = options.ours
-        print(json.dumps(our_side(Path(path), options.epochs, likelihood, options.device, options.threads)))
+        print(
+            json.dumps(
+                our_side(Path(path), options.epochs, likelihood, options.device, options.threads, options.precisions[0])
+            )
+        )
         return 0
     if not options.scvi_python:
         parser.error(
@@ -150,17 +157,18 @@ def main() -> int:
                 "n_genes": cells.n_vars,
                 "nonzero_per_cell": round(cells.X.nnz / cells.n_obs),
             }
-            for likelihood in options.likelihoods:
-                shared = [str(options.epochs), likelihood, options.device, str(options.threads)]
+            for likelihood, precision in itertools.product(options.likelihoods, options.precisions):
+                shared = [str(options.epochs), likelihood, options.device, str(options.threads), precision]
                 script = str(Path(__file__).with_name("scvi_training.py"))
                 ours = [sys.executable, "-m", "benchmarks.training_speed", "--ours", str(path), likelihood]
                 ours += ["--epochs", shared[0], "--device", options.device, "--threads", shared[3]]
+                ours += ["--precisions", precision]
                 sides = {"ours": ours, "scvi_tools": [options.scvi_python, script, str(path), *shared]}
                 runs: dict[str, list[dict[str, float]]] = {side: [] for side in sides}
                 for _ in range(options.rounds):
                     for side, command in sides.items():
                         runs[side].append(measure(command))
-                found[f"{data}, {likelihood}"] = shape | {
+                found[f"{data}, {likelihood}, {precision}"] = shape | {
                     side: {name: round(statistics.median(run[name] for run in all_), 3) for name in all_[0]}
                     for side, all_ in runs.items()
                 }

@@ -99,7 +99,7 @@ WITH: dict[str, dict[str, Any]] = {
     "dispersion": {"likelihood": "negative_binomial"},
     "gate": {"likelihood": "zero_inflated_poisson"},
     "gate_weight": {"likelihood": "zero_inflated_poisson"},
-    "prior_probabilities": {"prior": "custom", "prior_probabilities": (0.2, 0.3, 0.5)},
+    "prior_probabilities": {"prior": "custom", "prior_probabilities": (0.2, 0.3, 0.5), "free_nats": 0.0},
 }
 """What a hyper-parameter needs beside it."""
 PAIRS = [(name, key) for name, family in FAMILIES.items() for key in family.defaults.model_fields]
