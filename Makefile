@@ -87,7 +87,7 @@ bench: $(DEV)/.ready $(SERVE)/.ready $(BENCH)/.ready  ## benchmarks/, both sides
 	  $(DEV)/bin/python -m benchmarks.embed_http
 
 bench-training: $(DEV)/.ready $(BENCH)/.ready  ## cells per second of a training epoch beside scvi-tools (BENCH_DEVICE=cuda on a GPU)
-	CELLSERVE_BENCH_PYTHON=$(BENCH)/bin/python $(DEV)/bin/python -m benchmarks.training_speed --device $(or $(BENCH_DEVICE),cpu) \
+	CELLSERVE_BENCH_PYTHON=$(BENCH)/bin/python $(DEV)/bin/python -m benchmarks.training_speed --precisions 32-true bf16-mixed --device $(or $(BENCH_DEVICE),cpu) \
 	  --output benchmarks/training_speed$(if $(filter cuda,$(BENCH_DEVICE)),_cuda).json
 
 bench-quality: $(DEV)/.ready $(BENCH)/.ready  ## accuracy and integration beside scvi-tools and plain baselines, three seeds

@@ -173,17 +173,20 @@ def training_speed() -> str:
             rates = (f"{ours[part]:,.0f}", f"{theirs[part]:,.0f}", f"{ours[part] / theirs[part]:.2f}")
             rows.append((name, title, *rates, f"{ours['peak_gib']:.2f} / {theirs['peak_gib']:.2f}"))
     header = (
-        "data, likelihood",
+        "data, likelihood, precision",
         "what is timed",
         "cells/s",
         "scvi-tools, cells/s",
         "ratio",
         "peak memory in GiB, ours / theirs",
     )
-    shapes = "; ".join(
-        f"{name}: {row['n_cells']:,} cells x {row['n_genes']:,} genes, {row['nonzero_per_cell']} counts per cell that are not zero"
+    sizes = {
+        name.split(",")[
+            0
+        ]: f"{row['n_cells']:,} cells x {row['n_genes']:,} genes, {row['nonzero_per_cell']} counts per cell that are not zero"
         for name, row in result["cells_per_second"].items()
-    )
+    }
+    shapes = "; ".join(f"{name}: {size}" for name, size in sizes.items())
     return (
         f"{_table(header, rows)}\n{shapes}. {result['n_threads']} thread of {result['machine']['processor']}, medians of "
         f"{result['rounds']} runs in turns.\n"
