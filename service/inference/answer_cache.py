@@ -63,7 +63,7 @@ class Layout:
     @property
     def n_bytes(self) -> int:
         """About what it holds; the names themselves belong to the model."""
-        return 1024 + sum(sys.getsizeof(value) for about in _about(self.empty).values() for value in about)
+        return 1024 + sum(sys.getsizeof(value) for _, *more in _about(self.empty).values() for value in more)
 
 
 def _about(columns: Columns) -> dict[str, list[Any]]:
