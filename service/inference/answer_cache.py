@@ -179,10 +179,10 @@ class AnswerCache:
         if self._models.get(identity, (None, -1))[1] == number:
             del self._models[identity]
         prefix = model_prefix(number)
-        for key in [key for key in self._entries if key.startswith(prefix)]:
-            self._n_bytes_held -= _size(key, self._entries.pop(key))
-        if not self._entries:
-            self._entries = OrderedDict()  # a table keeps the size that it once had
+        gone = [item for item in self._entries.items() if item[0].startswith(prefix)]
+        self._n_bytes_held -= sum(_size(key, value) for key, value in gone)
+        # A new table: one from which entries are taken stays as large as it was.
+        self._entries = OrderedDict(item for item in self._entries.items() if not item[0].startswith(prefix))
         metrics.CACHE_BYTES.set(self.n_bytes)
 
 

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from service.client import CellserveProblem, Client
 from service.contract.store import Store
-from tests.builders import arrow_body, json_body, write_artifact
+from tests.builders import arrow_body, counts, gene_table, json_body, write_artifact
 from tests.end_to_end.conftest import STORE, many
 from tests.end_to_end.server import Server
 
@@ -107,7 +107,7 @@ async def test_every_way_in_every_state(
     assert 0 < numbers["cellserve_cache_bytes"] <= CACHE_BYTES
 
 
-def test_cold_then_warm(cached: Server, query: sp.csr_matrix, genes: tuple[str, ...], cells: ad.AnnData) -> None:
+def test_cold_then_warm(cached: Server, query: sp.csr_matrix, genes: tuple[str, ...]) -> None:
     """Annotate and reconstruct, too: the second answer is the first, byte for byte, and says where it came from."""
     for path in ("/v1/annotate", "/v1/reconstruct?genes=CD3D,MS4A1&library_size=1000"):
         headers = {**ARROW, "X-Request-ID": "same"}
@@ -118,10 +118,8 @@ def test_cold_then_warm(cached: Server, query: sp.csr_matrix, genes: tuple[str, 
         assert answers[1].headers["x-cellserve-cache"] == "hits=200, misses=0"
 
 
-def test_another_version_has_answers_of_its_own(tmp_path: Path, genes: tuple[str, ...]) -> None:
+def test_another_version_has_answers_of_its_own(tmp_path: Path) -> None:
     """When a name comes to mean another version, nothing of the old one is answered; a version that leaves takes its answers along."""
-    from tests.builders import counts, gene_table
-
     store = tmp_path / "store"
     write_artifact(store, version="1")
     running = Server(store, CELLSERVE_CACHE_BYTES="1048576", CELLSERVE_ADMIN_TOKEN="a token for the test")
