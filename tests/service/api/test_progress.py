@@ -2,7 +2,7 @@
 
 import asyncio
 import gc
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import httpx
@@ -34,9 +34,11 @@ class Clock:
 
 
 @pytest.fixture
-def work(tiny: Model) -> Work:
-    request_id.current.set("it")
-    return Work(tiny, TASKS["embed"], TASKS["embed"].options())
+def work(tiny: Model) -> Iterator[Work]:
+    """Work of a request that is called "it"."""
+    token = request_id.current.set("it")
+    yield Work(tiny, TASKS["embed"], TASKS["embed"].options())
+    request_id.current.reset(token)
 
 
 def chunk(tiny: Model, n_cells: int) -> Columns:
@@ -102,9 +104,9 @@ async def test_nothing_stays(work: Work) -> None:
     with pytest.raises(RequestNotFound):
         progress.of("it")
     for number in range(MAX_ENDED + 10):
-        request_id.current.set(str(number))
+        token = request_id.current.set(str(number))
         with progress._ending(progress.begin(work)):
-            pass
+            request_id.current.reset(token)
     assert len(progress._ended) == MAX_ENDED
     with pytest.raises(RequestNotFound):
         progress.of("9")
