@@ -16,7 +16,9 @@ from service.api.routes import build_api
 from service.api.state import State
 from service.contract import artifact
 from service.contract.store import Store
+from service.inference.answer_cache import AnswerCache
 from service.inference.batcher import Batcher
+from service.inference.cached import CachedRuns
 from service.inference.model import Model, load
 from service.inference.models import Models
 from service.inference.session import Runtime
@@ -54,9 +56,12 @@ async def serving(store: Path, is_loaded: bool = True, **changes: Any) -> AsyncI
     intake = Intake(
         changes.pop("max_body_bytes", 2**24), changes.pop("max_bytes_in_flight", 2**25), changes.pop("body_timeout", 5)
     )
+    cache_bytes = changes.pop("cache_bytes", None)
     numbers = {"max_cells": 5_000, "max_decoded_bytes": 2**26, "timeout_seconds": 10.0, **changes}
     with ThreadPoolExecutor(2) as parsers:
         shadows = Shadows(models, batcher)
+        if cache_bytes is not None:
+            numbers["cached"] = CachedRuns(batcher, AnswerCache(cache_bytes), parsers)
         state = State(models=models, batcher=batcher, shadows=shadows, intake=intake, parsers=parsers, **numbers)
         batcher.start()
         transport = httpx.ASGITransport(build_api(state), raise_app_exceptions=False)
