@@ -10,7 +10,7 @@ then looks whether it is so on the machine at hand.
 import ctypes
 import os
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
@@ -61,9 +61,10 @@ class Runtime:
         try:
             take()
         finally:
-            for helper in helpers:
-                if not helper.cancel():
-                    helper.result()
+            started = [helper for helper in helpers if not helper.cancel()]
+            wait(started)
+        for helper in started:
+            helper.result()
         return cast("list[Result]", results)
 
 
