@@ -21,18 +21,11 @@ import bentoml
 from _bentoml_sdk import Service
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from service.api import logs, openapi
-from service.api.drain import drain_on_signal
-from service.api.limits import Intake
-from service.api.routes import build_api
-from service.api.state import State
-from service.contract.store import Store
 from service.errors import ProviderUnavailable
-from service.inference.batcher import Batcher
-from service.inference.models import Models
-from service.inference.session import choose_runtime
-from service.inference.shadow import Shadows
 from service.settings import SettingsError, read_settings
+
+# What does the work is imported where it is used: BentoML's parent process imports this file as well, only supervises, and starts 0.8 s
+# earlier and 70 MB smaller without numpy, scipy, Arrow and ONNX Runtime (docs/performance.md, tests/service/test_app.py).
 
 N_PARSERS = 2
 """Threads that parse: one may wait for the interpreter's lock while the other is in numpy or Arrow."""
@@ -56,6 +49,8 @@ class DirectService(Service[Any]):
     @property
     def openapi_spec(self) -> Any:
         """What `bentoml build` writes to apis/openapi.yaml."""
+        from service.api import openapi
+
         return openapi.document()
 
 
@@ -77,11 +72,24 @@ class CellServe:
         """Once in the parent, before any worker: a worker that cannot start would be started again for ever."""
         try:
             settings = read_settings()
-            choose_runtime(settings.provider, settings.threads, settings.allow_provider_fallback)
+            if settings.provider != "cpu":
+                from service.inference.session import choose_runtime
+
+                choose_runtime(settings.provider, settings.threads, settings.allow_provider_fallback)
         except (SettingsError, ProviderUnavailable) as error:
             sys.exit(f"cellserve cannot start: {error}")
 
     def __init__(self) -> None:
+        from service.api import logs
+        from service.api.limits import Intake
+        from service.api.routes import build_api
+        from service.api.state import State
+        from service.contract.store import Store
+        from service.inference.batcher import Batcher
+        from service.inference.models import Models
+        from service.inference.session import choose_runtime
+        from service.inference.shadow import Shadows
+
         settings = read_settings()
         logs.configure(settings.log_level)
         runtime = choose_runtime(settings.provider, settings.threads, settings.allow_provider_fallback)
@@ -106,6 +114,8 @@ class CellServe:
     @bentoml.on_startup
     async def start(self) -> None:
         """Take work, and load models meanwhile."""
+        from service.api.drain import drain_on_signal
+
         self.state.batcher.start()
         self.state.models.start(self._settings.store_poll_s)
         if threading.current_thread() is threading.main_thread():  # elsewhere, as in a test, no signal can be had
