@@ -33,7 +33,10 @@ def servers() -> str:
     )
     machine = f"{result['machine']['cpus']} CPUs of {result['machine']['processor']}"
     n_rounds = min(size["rounds"] for size in sizes.values())
-    return f"{table(tuple(header), rows)}\n{machine}, {result['cells_per_request']} cells per request; {data}. Medians of {n_rounds} rounds in turns.\n"
+    about = (
+        f"{machine}, {result['cells_per_request']} cells per request; {data}. Medians of {n_rounds} rounds in turns."
+    )
+    return f"{table(tuple(header), rows)}\n{about}\n"
 
 
 def single_cells() -> str:
