@@ -14,7 +14,7 @@ def servers() -> str:
     sizes = result["sizes"]
     header = ["cells/s"]
     for n_genes in sizes:
-        header += [f"{int(n_genes):,} genes, 1 client", "8 clients"]
+        header += [f"{int(n_genes):,} genes, 1 client", f"{int(n_genes):,} genes, 8 clients"]
     rows = [
         (side, *(f"{size['sides'][side][name]:,.0f}" for size in sizes.values() for name in ("1_clients", "8_clients")))
         for side in next(iter(sizes.values()))["sides"]
@@ -79,7 +79,7 @@ def overload() -> str:
     """benchmarks/overload.json, which `make bench-overload` writes."""
     result = json.loads((ROOT / "benchmarks/overload.json").read_text())
     bulk, single, memory = result["overload"], result["single_cells"], result["memory_mb"]
-    outcomes = ", ".join(f"{number:,} {name}" for name, number in sorted(bulk["outcomes"].items()))
+    outcomes = "; ".join(f"{name}: {number:,}" for name, number in sorted(bulk["outcomes"].items()))
     retry_after = bulk["retry_after_seconds"]
     rows = [
         (

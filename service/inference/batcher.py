@@ -29,7 +29,7 @@ MAX_WAITING_CHUNKS = 4
 
 
 FEW_ROWS = SHAPES[0]
-HEADROOM = 1.25
+HEADROOM = 1.5
 """An answer is expected so many times later than its rows alone would take: it must be written and sent as well, and others may go before."""
 
 QUICK_SECONDS = 0.002
