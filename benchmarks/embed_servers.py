@@ -18,8 +18,10 @@ import argparse
 import contextlib
 import json
 import os
+import signal
 import statistics
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -234,6 +236,7 @@ def main() -> None:
     parser.add_argument("--provider", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that `timeout` leaves no server behind
     options.servers_python = options.servers_python.absolute()
     output = options.output or Path(__file__).with_name(f"embed_servers{'_cuda' * (options.provider == 'cuda')}.json")
     before = json.loads(output.read_text()).get("sizes", {}) if output.exists() else {}

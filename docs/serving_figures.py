@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 from docs.tables import table
 
@@ -15,10 +16,8 @@ def servers() -> str:
     header = ["cells/s"]
     for n_genes in sizes:
         header += [f"{int(n_genes):,} genes, 1 client", f"{int(n_genes):,} genes, 8 clients"]
-    rows = [
-        (side, *(f"{size['sides'][side][name]:,.0f}" for size in sizes.values() for name in ("1_clients", "8_clients")))
-        for side in next(iter(sizes.values()))["sides"]
-    ]
+    names = dict.fromkeys(side for size in sizes.values() for side in size["sides"])
+    rows = [(side, *(_rate(size, side, n) for size in sizes.values() for n in (1, 8))) for side in names]
     best = [
         f"{size['scvi_tools']['cells_per_second']:,} (minibatch {size['scvi_tools']['minibatch']})"
         for size in sizes.values()
@@ -39,19 +38,22 @@ def servers() -> str:
     return f"{table(tuple(header), rows)}\n{about}\n"
 
 
+def _rate(size: dict[str, Any], side: str, n_clients: int) -> str:
+    found = size["sides"].get(side)
+    return f"{found[f'{n_clients}_clients']:,.0f}" if found else ""
+
+
 def single_cells() -> str:
     """Latency and memory in benchmarks/embed_servers.json."""
     result = json.loads((ROOT / "benchmarks/embed_servers.json").read_text())
     sizes = result["sizes"]
     header = ["milliseconds, p50 / p99", *(f"{int(n_genes):,} genes" for n_genes in sizes), "memory in MB (PSS)"]
-    rows = [
-        (
-            side,
-            *(f"{size['sides'][side]['p50_ms']:.2f} / {size['sides'][side]['p99_ms']:.2f}" for size in sizes.values()),
-            " / ".join(f"{size['sides'][side]['memory_mb']:,}" for size in sizes.values()),
-        )
-        for side in next(iter(sizes.values()))["sides"]
-    ]
+    names = dict.fromkeys(side for size in sizes.values() for side in size["sides"])
+    rows = []
+    for side in names:
+        found = [size["sides"].get(side) for size in sizes.values()]
+        times = (f"{one['p50_ms']:.2f} / {one['p99_ms']:.2f}" if one else "" for one in found)
+        rows.append((side, *times, " / ".join(f"{one['memory_mb']:,}" if one else "" for one in found)))
     ratios = [
         f"{size['ratios']['p50_ms_to_triton']:.2f} / {size['ratios']['p99_ms_to_triton']:.2f}"
         for size in sizes.values()
