@@ -10,7 +10,9 @@ server after that answer: resident (RSS, where pages that processes share count 
 
 import argparse
 import json
+import signal
 import statistics
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -79,6 +81,7 @@ def main() -> int:
     parser.add_argument("--sides", nargs="+", choices=ASKED, default=ASKED)
     parser.add_argument("--output", type=Path, default=RESULT)
     options = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that `timeout` leaves no server behind
     served, cells = shipped(options.servers_python.absolute())
     found: dict[str, list[dict[str, float]]] = {side: [] for side in options.sides}
     for turn in range(options.rounds + 1):

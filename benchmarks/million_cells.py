@@ -10,6 +10,8 @@ a short stream goes before, so that what the first request leaves behind is not 
 
 import argparse
 import json
+import signal
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -159,6 +161,7 @@ def main() -> int:
     parser.add_argument("--cells", type=int, default=1_000_000)
     parser.add_argument("--output", type=Path, default=RESULT)
     options = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that `timeout` leaves no server behind
     result = measure(options.cells)
     options.output.write_text(json.dumps(result, indent=2) + "\n")
     table = Table("figure", "value")

@@ -18,7 +18,9 @@ import argparse
 import asyncio
 import json
 import os
+import signal
 import statistics
+import sys
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable
@@ -302,6 +304,7 @@ def main() -> int:
     parser.add_argument("--deadline", type=float, default=2.0, help="seconds, in X-Request-Timeout")
     parser.add_argument("--output", type=Path, default=RESULT)
     options = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that `timeout` leaves no server behind
     about = {"machine": machine()}  # before the affinity changes, which it counts
     server = Server(ROOT / "models_store", CELLSERVE_LOG_LEVEL="WARNING")
     try:
