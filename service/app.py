@@ -10,7 +10,7 @@ import os
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 # Before bentoml is imported: it phones home unless this says exactly "true".
 os.environ.setdefault("BENTOML_DO_NOT_TRACK", "true")
@@ -21,6 +21,7 @@ import bentoml
 from _bentoml_sdk import Service
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from service import metrics
 from service.api import logs, openapi
 from service.api.drain import drain_on_signal
 from service.api.limits import Intake
@@ -32,10 +33,31 @@ from service.inference.batcher import Batcher
 from service.inference.models import Models
 from service.inference.session import choose_runtime
 from service.inference.shadow import Shadows
-from service.settings import SettingsError, read_settings
+from service.settings import SettingsError, read_settings, traces_exporter
+
+if TYPE_CHECKING:
+    from service.trace_export import Traces
 
 N_PARSERS = 2
 """Threads that parse: one may wait for the interpreter's lock while the other is in numpy or Arrow."""
+
+
+def make_traces(is_check: bool = False) -> "Traces | None":
+    """What makes and sends spans, where OTEL_* asks for them.
+
+    Raises:
+        SettingsError: what OTEL_* asks for is not there, or a limit is no number.
+    """
+    exporter = traces_exporter()
+    if exporter is None:
+        return None
+    from service import trace_export  # OpenTelemetry's SDK: only where it is asked for
+
+    try:
+        trace_export.span_limits()
+    except ValueError as error:
+        raise SettingsError(str(error)) from None
+    return None if is_check else trace_export.Traces(exporter)
 
 
 class DirectService(Service[Any]):
@@ -78,6 +100,7 @@ class CellServe:
         try:
             settings = read_settings()
             choose_runtime(settings.provider, settings.threads, settings.allow_provider_fallback)
+            make_traces(is_check=True)
         except (SettingsError, ProviderUnavailable) as error:
             sys.exit(f"cellserve cannot start: {error}")
 
@@ -88,6 +111,8 @@ class CellServe:
         self._settings = settings
         models = Models(store=Store(settings.store), runtime=runtime, max_loaded=settings.max_loaded)
         batcher = Batcher(batch_rows=settings.batch_rows, max_queue_rows=settings.max_queue_rows)
+        metrics.THREADS.labels("graph").set(runtime.n_threads)
+        metrics.THREADS.labels("parse").set(N_PARSERS)
         self._parsers = ThreadPoolExecutor(N_PARSERS, thread_name_prefix="cellserve-parse")
         self.state = State(
             models=models,
@@ -99,6 +124,7 @@ class CellServe:
             max_decoded_bytes=settings.max_decoded_bytes,
             timeout_seconds=settings.timeout_seconds,
             stall_seconds=settings.stall_seconds,
+            traces=make_traces(),
             admin_token=settings.admin_token.get_secret_value() if settings.admin_token is not None else None,
         )
         self.api = build_api(self.state)
@@ -119,3 +145,5 @@ class CellServe:
         self.state.models.stop()
         await self.state.batcher.stop()
         await asyncio.to_thread(self._parsers.shutdown)
+        if self.state.traces is not None:
+            await asyncio.to_thread(self.state.traces.stop)

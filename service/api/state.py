@@ -2,7 +2,7 @@
 
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 from starlette.requests import Request
 
@@ -11,6 +11,9 @@ from service.api.oip_statistics import Statistics
 from service.inference.batcher import Batcher
 from service.inference.models import Models
 from service.inference.shadow import Shadows
+
+if TYPE_CHECKING:
+    from service.trace_export import Traces
 
 
 @dataclass
@@ -29,6 +32,9 @@ class State:
     timeout_seconds: float
     stall_seconds: float = 60.0
     """A chunk that runs longer than this is not going to end."""
+
+    traces: "Traces | None" = None
+    """None where requests are not traced."""
 
     admin_token: str | None = None
     is_draining: bool = False
