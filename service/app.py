@@ -57,7 +57,7 @@ def make_traces(is_check: bool = False) -> "Traces | None":
         trace_export.span_limits()
     except ValueError as error:
         raise SettingsError(str(error)) from None
-    return None if is_check else trace_export.Traces(exporter)
+    return None if is_check else trace_export.Traces(trace_export.make_exporter(exporter))
 
 
 class DirectService(Service[Any]):

@@ -31,14 +31,14 @@ _propagator = TraceContextTextMapPropagator()
 class Traces:
     """Makes spans, and sends them in a thread of its own from a bounded queue: what does not fit is lost, never waited for."""
 
-    def __init__(self, exporter: Literal["otlp", "console"]) -> None:
-        """Start the thread that exports. Endpoint, sampler, limits and resource are read from OTEL_* by the SDK."""
+    def __init__(self, exporter: SpanExporter) -> None:
+        """Start the thread that exports. Sampler, limits and resource are read from OTEL_* by the SDK."""
         own_name = Resource({SERVICE_NAME: "cellserve"})
         # OTEL_SERVICE_NAME and OTEL_RESOURCE_ATTRIBUTES have the last word.
         resource = Resource.create().merge(own_name).merge(OTELResourceDetector().detect())
         self._provider = TracerProvider(resource=resource, span_limits=span_limits(), shutdown_on_exit=False)
         self._provider.sampler = _FollowLinks(self._provider.sampler)
-        self._provider.add_span_processor(_Counting(_Counted(_make(exporter))))
+        self._provider.add_span_processor(_Counting(_Counted(exporter)))
         self._tracer = self._provider.get_tracer("cellserve")
 
     def begin(
@@ -78,8 +78,9 @@ def span_limits() -> SpanLimits:
     return SpanLimits(max_links=None if "OTEL_SPAN_LINK_COUNT_LIMIT" in os.environ else MAX_LINKS)
 
 
-def _make(exporter: Literal["otlp", "console"]) -> SpanExporter:
-    if exporter == "otlp":
+def make_exporter(name: Literal["otlp", "console"]) -> SpanExporter:
+    """What sends spans: to a collector (OTLP over HTTP in JSON, endpoint and headers by OTEL_*), or as lines of JSON to standard output."""
+    if name == "otlp":
         return OTLPSpanExporter()
     return ConsoleSpanExporter(formatter=lambda span: span.to_json(indent=None) + "\n")
 
