@@ -12,13 +12,14 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
-# Before bentoml is imported: it phones home unless this says exactly "true".
+# It phones home unless this says exactly "true".
 os.environ.setdefault("BENTOML_DO_NOT_TRACK", "true")
 # Before prometheus_client is imported: with one worker there is nothing to add up over processes (see metrics.py).
 os.environ.pop("PROMETHEUS_MULTIPROC_DIR", None)
 
 import bentoml
 from _bentoml_sdk import Service
+from bentoml._internal.utils.analytics import usage_stats
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from service import metrics
@@ -37,6 +38,9 @@ from service.settings import SettingsError, read_settings, traces_exporter
 
 if TYPE_CHECKING:
     from service.trace_export import Traces
+
+# `bentoml serve` has looked at the variable, and kept the answer, before it imported this file.
+usage_stats.do_not_track.cache_clear()
 
 N_PARSERS = 2
 """Threads that parse: one may wait for the interpreter's lock while the other is in numpy or Arrow."""

@@ -5,6 +5,7 @@ prometheus_client would write every change of every value to a file.
 """
 
 from collections.abc import Iterable
+from functools import cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -255,6 +256,18 @@ def initialise(tasks: tuple[str, ...], codes: tuple[str, ...]) -> None:
         MODEL_UNLOADS.labels(reason)
     for outcome in SPAN_OUTCOMES:
         SPANS.labels(outcome)
+
+
+@cache
+def stage_seconds(task: str, stage: str) -> Histogram:
+    """The series of a stage. Finding it by its labels takes longer than counting into it."""
+    return STAGE_SECONDS.labels(task, stage)
+
+
+@cache
+def batch_series(task: str) -> tuple[Histogram, Histogram, Histogram, Histogram]:
+    """Rows, fill, padding and seconds of a task's runs."""
+    return BATCH_ROWS.labels(task), BATCH_FILL.labels(task), BATCH_PADDING.labels(task), BATCH_SECONDS.labels(task)
 
 
 def forget(model: str, version: str) -> None:

@@ -257,5 +257,5 @@ def measure(work: Work, n_rows: int, seconds: dict[str, float], timing: Timing, 
         "serialise": serialise_seconds,
     }
     for stage, stage_seconds in spent.items():
-        metrics.STAGE_SECONDS.labels(work.task.name, stage).observe(stage_seconds)
+        metrics.stage_seconds(work.task.name, stage).observe(stage_seconds)
     metrics.CELLS.labels(work.model.manifest.name, work.model.manifest.version, work.task.name).inc(n_rows)

@@ -302,10 +302,11 @@ class Batcher:
         task = work.task.name
         n_run = work.n_run(n_rows)
         metrics.BATCHES.labels(task, reason).inc()
-        metrics.BATCH_ROWS.labels(task).observe(n_rows)
-        metrics.BATCH_FILL.labels(task).observe(n_rows / self._batch_rows)
-        metrics.BATCH_PADDING.labels(task).observe(1 - n_rows / n_run)
-        metrics.BATCH_SECONDS.labels(task).observe(seconds)
+        rows, fill, padding, duration = metrics.batch_series(task)
+        rows.observe(n_rows)
+        fill.observe(n_rows / self._batch_rows)
+        padding.observe(1 - n_rows / n_run)
+        duration.observe(seconds)
 
     def _trace_batch(
         self, pieces: list[tuple[Ticket, int, int]], started: float, n_rows: int, reason: str, error: str = ""
