@@ -7,22 +7,47 @@ work runs on (see docs/architecture.md).
 
 import os
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-# Before bentoml is imported: it phones home unless this says exactly "true".
+# It phones home unless this says exactly "true".
 os.environ.setdefault("BENTOML_DO_NOT_TRACK", "true")
 # Before prometheus_client is imported: with one worker there is nothing to add up over processes (see metrics.py).
 os.environ.pop("PROMETHEUS_MULTIPROC_DIR", None)
 
 import bentoml
 from _bentoml_sdk import Service
+from bentoml._internal.utils.analytics import usage_stats
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from service.errors import ProviderUnavailable
-from service.settings import SettingsError, read_settings
+from service.settings import SettingsError, read_settings, traces_exporter
+
+if TYPE_CHECKING:
+    from service.trace_export import Traces
+
+# `bentoml serve` has looked at the variable, and kept the answer, before it imported this file.
+usage_stats.do_not_track.cache_clear()
 
 # What does the work is imported by the worker alone (worker.py): BentoML's parent process imports this file as well, and only supervises.
 # Without numpy, scipy, Arrow and ONNX Runtime it is 70 MB smaller (tests/service/test_app.py).
+
+
+def make_traces(is_check: bool = False) -> "Traces | None":
+    """What makes and sends spans, where OTEL_* asks for them.
+
+    Raises:
+        SettingsError: what OTEL_* asks for is not there, or a limit is no number.
+    """
+    exporter = traces_exporter()
+    if exporter is None:
+        return None
+    from service import trace_export  # OpenTelemetry's SDK: only where it is asked for
+
+    try:
+        trace_export.span_limits()
+    except ValueError as error:
+        raise SettingsError(str(error)) from None
+    return None if is_check else trace_export.Traces(trace_export.make_exporter(exporter))
 
 
 class DirectService(Service[Any]):
@@ -66,6 +91,7 @@ class CellServe:
         """Once in the parent, before any worker: a worker that cannot start would be started again for ever."""
         try:
             settings = read_settings()
+            make_traces(is_check=True)
             if settings.provider != "cpu":
                 from service.inference.session import choose_runtime
 
@@ -76,7 +102,7 @@ class CellServe:
     def __init__(self) -> None:
         from service.worker import Worker
 
-        self._worker = Worker(read_settings())
+        self._worker = Worker(read_settings(), make_traces())
         self.api = self._worker.api
 
     @bentoml.on_startup

@@ -5,6 +5,7 @@ prometheus_client would write every change of every value to a file.
 """
 
 from collections.abc import Iterable
+from functools import cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,7 +31,9 @@ LOAD_OUTCOMES = ("loaded", "refused")
 UNLOAD_REASONS = ("withdrawn", "least_recently_used")
 CACHE_OUTCOMES = ("hit", "miss")
 BUDGET_OUTCOMES = ("admitted", "refused", "slowed")
-STAGES = ("parse", "align", "queue", "compute", "serialise")
+STAGES = ("read", "parse_wait", "parse", "align", "queue", "compute", "serialise")
+REASONS = ("idle", "free", "full")
+SPAN_OUTCOMES = ("made", "sent", "failed")
 
 
 class CellHistogram:
@@ -81,7 +84,34 @@ REQUESTS_IN_FLIGHT = Gauge("cellserve_requests_in_flight", "Requests being answe
 STAGE_SECONDS = Histogram("cellserve_stage_seconds", "Time per request and stage.", ("task", "stage"), buckets=SECONDS)
 REFUSED = Counter("cellserve_refused_total", "Requests that were answered with an error, by its code.", ("code",))
 CELLS = Counter("cellserve_cells_total", "Cells answered.", ("model", "version", "task"))
+SEND_SECONDS = Histogram(
+    "cellserve_send_seconds",
+    "Waiting for the client to take its answer.",
+    ("route",),
+    buckets=SECONDS,
+)
 BATCH_ROWS = Histogram("cellserve_batch_rows", "Cells that ran together.", ("task",), buckets=ROWS)
+BATCHES = Counter(
+    "cellserve_batches_total",
+    "Runs of cells, by why they began: full (as many as may run together), free (what ran before had ended, and this is all that waited) or "
+    "idle (nothing else ran).",
+    ("task", "reason"),
+)
+BATCH_FILL = Histogram(
+    "cellserve_batch_fill_ratio",
+    "Cells that ran together, of CELLSERVE_BATCH_ROWS.",
+    ("task",),
+    buckets=SHARES,
+)
+BATCH_PADDING = Histogram(
+    "cellserve_batch_padding_ratio",
+    "Share of the rows which the graphs ran with that are no cells: they fill up a run to a size of fixed bits.",
+    ("task",),
+    buckets=SHARES,
+)
+BATCH_SECONDS = Histogram(
+    "cellserve_batch_seconds", "Running cells together through all graphs of a task.", ("task",), buckets=SECONDS
+)
 QUEUE_ROWS = Gauge("cellserve_queue_rows", "Cells waiting to run.")
 QUEUE_WAIT_SECONDS = Histogram(
     "cellserve_queue_wait_seconds",
@@ -110,7 +140,33 @@ CONFIDENCE = CellHistogram(
     ("model", "version", "column"),
     SHARES,
 )
+ENTROPY = CellHistogram(
+    "cellserve_entropy_ratio",
+    "Entropy of the probabilities of a cell's labels: 0 for one label that is certain, 1 where all are as probable.",
+    ("model", "version", "column"),
+    SHARES,
+)
 LABELS = Counter("cellserve_labels_total", "Cells that were given a label.", ("model", "version", "column", "label"))
+REFERENCE_LIBRARY_SIZE = Gauge(
+    "cellserve_reference_library_size",
+    "Counts per cell of the reference in the genes of the model: mean and quantiles, to compare with what is sent.",
+    ("model", "version", "quantile"),
+)
+REFERENCE_CONFIDENCE = Gauge(
+    "cellserve_reference_confidence_ratio",
+    "Probability of the label that a held-out cell of the reference is given: mean and quantiles.",
+    ("model", "version", "column", "quantile"),
+)
+REFERENCE_ENTROPY = Gauge(
+    "cellserve_reference_entropy_ratio",
+    "Entropy of the probabilities of a held-out cell of the reference: mean and quantiles.",
+    ("model", "version", "column", "quantile"),
+)
+REFERENCE_LABELS = Gauge(
+    "cellserve_reference_labels_ratio",
+    "Share of the cells of the reference that have a label.",
+    ("model", "version", "column", "label"),
+)
 CANCELLED = Counter("cellserve_cancelled_total", "Requests that left before their answer was complete.")
 CACHE_CELLS = Counter("cellserve_cache_cells_total", "Cells that the answer cache knew or not.", ("outcome",))
 CACHE_EVICTIONS = Counter("cellserve_cache_evictions_total", "Cells that left the answer cache for want of room.")
@@ -130,6 +186,10 @@ MODEL_INFO = Gauge(
     "1 for each loaded version.",
     ("model", "version", "family", "provider"),
 )
+GRAPH_BYTES = Gauge(
+    "cellserve_graph_bytes", "Bytes of the graphs of each loaded version, as files.", ("model", "version")
+)
+THREADS = Gauge("cellserve_threads", "Threads that may work side by side: on graphs, and on bodies.", ("pool",))
 MODEL_FAILED = Gauge(
     "cellserve_model_failed",
     "1 for each version that could not be loaded.",
@@ -171,6 +231,11 @@ SHADOW_DIFFERENCE = CellHistogram(
     ("model", "version", "task", "column"),
     DIFFERENCES,
 )
+SPANS = Counter(
+    "cellserve_spans_total",
+    "Spans of traces: made, sent to the collector, or failed to be sent. What was made and is neither was dropped, or waits.",
+    ("outcome",),
+)
 CONTENT_TYPE = CONTENT_TYPE_LATEST
 
 
@@ -189,7 +254,10 @@ def label_names(collector: MetricWrapperBase | CellHistogram) -> tuple[str, ...]
 def initialise(tasks: tuple[str, ...], codes: tuple[str, ...]) -> None:
     """Create the series of all tasks, lanes and error codes, so that a zero is exported and a rate can be taken from the first event on."""
     for task in tasks:
-        BATCH_ROWS.labels(task)
+        for batches in (BATCH_ROWS, BATCH_FILL, BATCH_PADDING, BATCH_SECONDS):
+            batches.labels(task)
+        for reason in REASONS:
+            BATCHES.labels(task, reason)
         for stage in STAGES:
             STAGE_SECONDS.labels(task, stage)
     for lane in LANES:
@@ -204,6 +272,20 @@ def initialise(tasks: tuple[str, ...], codes: tuple[str, ...]) -> None:
         CACHE_CELLS.labels(outcome)
     for outcome in BUDGET_OUTCOMES:
         CLIENT_BUDGET.labels(outcome)
+    for outcome in SPAN_OUTCOMES:
+        SPANS.labels(outcome)
+
+
+@cache
+def stage_seconds(task: str, stage: str) -> Histogram:
+    """The series of a stage. Finding it by its labels takes longer than counting into it."""
+    return STAGE_SECONDS.labels(task, stage)
+
+
+@cache
+def batch_series(task: str) -> tuple[Histogram, Histogram, Histogram, Histogram]:
+    """Rows, fill, padding and seconds of a task's runs."""
+    return BATCH_ROWS.labels(task), BATCH_FILL.labels(task), BATCH_PADDING.labels(task), BATCH_SECONDS.labels(task)
 
 
 def forget(model: str, version: str) -> None:

@@ -126,6 +126,26 @@ class Settings(BaseSettings):
         return self
 
 
+def traces_exporter() -> Literal["otlp", "console"] | None:
+    """Where spans go, by OpenTelemetry's own variables; None where requests are not traced, as by default.
+
+    An endpoint alone is enough to ask for traces. The SDK reads everything else, see docs/traces.md.
+
+    Raises:
+        SettingsError: OTEL_TRACES_EXPORTER names what is not there.
+    """
+    if os.environ.get("OTEL_SDK_DISABLED", "").strip().lower() == "true":
+        return None
+    has_endpoint = any(os.environ.get(f"OTEL_EXPORTER_OTLP_{name}ENDPOINT") for name in ("", "TRACES_"))
+    match os.environ.get("OTEL_TRACES_EXPORTER") or ("otlp" if has_endpoint else "none"):
+        case "none":
+            return None
+        case "otlp" | "console" as exporter:
+            return exporter
+        case other:
+            raise SettingsError(f"OTEL_TRACES_EXPORTER is {other!r}: it must be otlp, console or none.")
+
+
 def read_settings() -> Settings:
     """Settings from the environment.
 

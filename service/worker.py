@@ -3,7 +3,9 @@
 import asyncio
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING
 
+from service import metrics
 from service.api import logs
 from service.api.client_budget import ClientBudgets
 from service.api.drain import drain_on_signal
@@ -19,6 +21,9 @@ from service.inference.session import choose_runtime
 from service.inference.shadow import Shadows
 from service.settings import Settings
 
+if TYPE_CHECKING:
+    from service.trace_export import Traces
+
 N_PARSERS = 2
 """Threads that parse: one may wait for the interpreter's lock while the other is in numpy or Arrow."""
 
@@ -26,8 +31,12 @@ N_PARSERS = 2
 class Worker:
     """All parts of one process, and when they begin and end."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, traces: "Traces | None") -> None:
         """Build the parts; nothing runs yet.
+
+        Args:
+            settings: read from the environment.
+            traces: what makes and sends spans; None where requests are not traced.
 
         Raises:
             ProviderUnavailable: the provider of the settings is not there.
@@ -37,6 +46,8 @@ class Worker:
         self._settings = settings
         models = Models(store=Store(settings.store), runtime=runtime, max_loaded=settings.max_loaded)
         batcher = Batcher(batch_rows=settings.batch_rows, max_queue_rows=settings.max_queue_rows)
+        metrics.THREADS.labels("graph").set(runtime.n_threads)
+        metrics.THREADS.labels("parse").set(N_PARSERS)
         self._parsers = ThreadPoolExecutor(N_PARSERS, thread_name_prefix="cellserve-parse")
         cache = AnswerCache(settings.cache_bytes) if settings.cache_bytes is not None else None
         self.state = State(
@@ -55,6 +66,7 @@ class Worker:
             )
             if settings.client_budget_per_second is not None
             else None,
+            traces=traces,
             admin_token=settings.admin_token.get_secret_value() if settings.admin_token is not None else None,
         )
         self.api = build_api(self.state)
@@ -73,3 +85,5 @@ class Worker:
         self.state.models.stop()
         await self.state.batcher.stop()
         await asyncio.to_thread(self._parsers.shutdown)
+        if self.state.traces is not None:
+            await asyncio.to_thread(self.state.traces.stop)

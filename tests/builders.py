@@ -21,6 +21,26 @@ CLASSES = ("B", "T", "NK")
 OPSET = 18
 
 
+def _spread(low: float, high: float) -> dict[str, Any]:
+    names = ("0.05", "0.25", "0.5", "0.75", "0.95")
+    return {"mean": (low + high) / 2, "quantiles": dict(zip(names, np.linspace(low, high, 5).tolist(), strict=True))}
+
+
+PROFILE: dict[str, Any] = {
+    "n_cells": 100,
+    "library_size": _spread(20, 100),
+    "labels": {
+        "cell_type": {
+            "shares": {"B": 0.75, "T": 0.25},
+            "conf_score": _spread(0.4, 0.9),
+            "entropy": _spread(0.1, 0.8),
+            "n_held_out": 20,
+        }
+    },
+}
+"""A manifest's `profile` of a reference without NK cells."""
+
+
 def gene_table(n_genes: int = N_GENES) -> GeneTable:
     """ENSG00000000000… with the symbols G0, G1, …; the first gene also has an alias and an id with a dot in its symbol's place."""
     return GeneTable(

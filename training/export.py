@@ -11,6 +11,7 @@ from training import card
 from training.evaluation.annotation import score_within
 from training.manifest import build, variant_name
 from training.onnx_graph import Precision
+from training.profile import profile
 from training.run import Run
 
 MAX_BYTES = 15_000_000
@@ -51,8 +52,11 @@ def export(
         staged = artifact.write(Path(scratch), manifest, contents)
         served = serving.load(artifact.read(staged), Runtime())
         metrics = score_within(run, served)
+        reference = profile(run, served)
     contents[artifact.CARD] = card.write(manifest.model_copy(update={"metrics": metrics}), run).encode()
-    manifest = manifest.model_copy(update={"metrics": metrics, "files": artifact.describe(contents)})
+    manifest = manifest.model_copy(
+        update={"profile": reference, "metrics": metrics, "files": artifact.describe(contents)}
+    )
     n_bytes = sum(len(content) for content in contents.values())
     if n_bytes > MAX_BYTES:
         raise ArtifactTooLarge(

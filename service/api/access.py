@@ -13,9 +13,9 @@ from service import metrics
 
 logger = logging.getLogger("cellserve.access")
 UNMATCHED = "unmatched"
-_TEMPLATE = "cellserve.route"
-_METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
-_QUIET = frozenset({"/livez", "/readyz", "/metrics", "/v2/health/live", "/v2/health/ready"})
+TEMPLATE = "cellserve.route"
+METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
+QUIET = frozenset({"/livez", "/readyz", "/metrics", "/v2/health/live", "/v2/health/ready"})
 
 Endpoint = Callable[[Request], Awaitable[Response]]
 
@@ -25,7 +25,7 @@ def route(path: str, endpoint: Endpoint, method: str) -> Route:
     template = path.replace(":path}", "}")
 
     async def labelled(request: Request) -> Response:
-        request.scope[_TEMPLATE] = template
+        request.scope[TEMPLATE] = template
         return await endpoint(request)
 
     return Route(path, labelled, methods=[method])
@@ -41,23 +41,27 @@ class Access:
         """Serve one request."""
         started = time.perf_counter()
         status = 0  # stays so where the client left before there was one
+        sending = 0.0
 
         async def watched_send(message: Message) -> None:
-            nonlocal status
+            nonlocal status, sending
             if message["type"] == "http.response.start":
                 status = message["status"]
+            waits = time.perf_counter()
             await send(message)
+            sending += time.perf_counter() - waits
 
         with metrics.REQUESTS_IN_FLIGHT.track_inprogress():
             try:
                 await self._app(scope, receive, watched_send)
             finally:
                 seconds = time.perf_counter() - started
-                template = scope.get(_TEMPLATE, UNMATCHED)
-                method = scope["method"] if scope["method"] in _METHODS else "other"
+                template = scope.get(TEMPLATE, UNMATCHED)
+                method = scope["method"] if scope["method"] in METHODS else "other"
                 metrics.REQUESTS.labels(template, method, str(status)).inc()
                 metrics.REQUEST_SECONDS.labels(template).observe(seconds)
-                if template not in _QUIET:
+                metrics.SEND_SECONDS.labels(template).observe(sending)
+                if template not in QUIET:
                     logger.info(
                         "request",
                         extra={"route": template, "method": method, "status": status, "seconds": round(seconds, 6)},

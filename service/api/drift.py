@@ -3,8 +3,9 @@
 import numpy as np
 
 from service import metrics
-from service.cells.columns import Columns, Labels, Values
+from service.cells.columns import Columns, Labels, Values, Vectors
 from service.inference.model import Model
+from service.inference.profile import entropy
 from service.inference.query import Query
 
 
@@ -17,7 +18,7 @@ def observe_query(model: Model, query: Query) -> None:
 
 
 def observe_answers(model: Model, columns: Columns) -> None:
-    """Labels that cells were given, and the confidence in them; other columns say nothing of that."""
+    """Labels that cells were given, and how sure that is; other columns say nothing of it."""
     names = model.manifest.name, model.manifest.version
     for name, column in columns.items():
         if isinstance(column, Labels):
@@ -26,3 +27,5 @@ def observe_answers(model: Model, columns: Columns) -> None:
                 metrics.LABELS.labels(*names, name, word).inc(int(number))
         elif isinstance(column, Values) and name.startswith("conf_score"):
             metrics.CONFIDENCE.observe((*names, name), column.values.astype(np.float32, copy=False))
+        elif isinstance(column, Vectors) and name.startswith("probabilities"):
+            metrics.ENTROPY.observe((*names, name), entropy(column.values))

@@ -6,13 +6,14 @@ import sys
 import time
 from typing import Any
 
+from service import tracing
 from service.api import request_id
 
 _PLAIN = frozenset(vars(logging.makeLogRecord({}))) | {"message", "taskName", "asctime"}
 
 
 class JsonFormatter(logging.Formatter):
-    """Writes time, level, logger, event, request_id and whatever `extra` holds."""
+    """Writes time, level, logger, event, request_id, trace_id where the request is traced, and whatever `extra` holds."""
 
     def format(self, record: logging.LogRecord) -> str:
         """One line of JSON."""
@@ -24,6 +25,8 @@ class JsonFormatter(logging.Formatter):
         }
         if (current := request_id.current.get()) is not None:
             line["request_id"] = current
+        if (trace := tracing.current.get()) is not None:
+            line["trace_id"] = trace.trace_id
         line |= {key: value for key, value in vars(record).items() if key not in _PLAIN}
         if record.exc_info:
             line["exception"] = self.formatException(record.exc_info)

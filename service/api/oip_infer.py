@@ -12,12 +12,14 @@ from typing import Any
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
+from service import tracing
 from service.api.cache_header import cache_header
 from service.api.catalogue import model_of_path
 from service.api.disconnect import cancelled_on_disconnect
 from service.api.drift import observe_answers, observe_query
 from service.api.held import HeldResponse
 from service.api.oip_signature import Output, Outputs, outputs_of, tasks_for
+from service.api.stages import until_queue
 from service.api.state import State, state
 from service.api.tasks import PARSED_AT_ONCE, measure, next_chunk, read_deadline
 from service.cells.columns import Column, Columns, concatenate, n_cells
@@ -60,25 +62,27 @@ async def infer(request: Request) -> Response:
         app.budgets.admit(request)
     deadline, header_length = read_deadline(request), _header_length(request)
     model = await model_of_path(request)
-    started = time.perf_counter()
+    started = time.monotonic()
     try:
         async with app.intake.body(request, tuple(ENCODINGS)) as body, cancelled_on_disconnect(request):
             encoding = request.headers.get("content-encoding", "identity").strip().lower()
-            return await _answer(app, model, Sent(body, encoding, header_length), deadline)
+            return await _answer(app, model, Sent(body, encoding, header_length), deadline, started)
     except ClientDisconnect:
         raise
     except Exception:
-        app.statistics.of(model.id).durations["fail"].add(time.perf_counter() - started)
+        app.statistics.of(model.id).durations["fail"].add(time.monotonic() - started)
         raise
 
 
-async def _answer(app: State, model: Model, sent: Sent, deadline: float) -> Response:
+async def _answer(app: State, model: Model, sent: Sent, deadline: float, started: float) -> Response:
     arrived = time.monotonic()
     outputs = await outputs_of(app, model)
     if len(sent.body) <= PARSED_AT_ONCE and sent.encoding == "identity":
         asked, query, seconds = _read(app, model, sent)
     else:
         asked, query, seconds = await asyncio.get_running_loop().run_in_executor(app.parsers, _read, app, model, sent)
+    compute_input = sum(seconds.values())
+    seconds = until_queue(started, arrived, seconds)
     binary = _wanted(asked, outputs, model)
     works = _works(model, tasks_for(outputs, binary), asked.parameters)
     deadline = min(deadline, _own_deadline(asked, arrived))
@@ -99,9 +103,11 @@ async def _answer(app: State, model: Model, sent: Sent, deadline: float) -> Resp
         app.intake.release(n_held)
         raise
     serialise_seconds = time.monotonic() - computed
+    if (trace := tracing.current.get()) is not None:
+        trace.stage("serialise", computed, computed + serialise_seconds)
     spent = {
         "queue": sum(timing.queue_seconds for timing in timings),
-        "compute_input": sum(seconds.values()),
+        "compute_input": compute_input,
         "compute_infer": sum(timing.compute_seconds for timing in timings),
         "compute_output": serialise_seconds,
     }

@@ -192,6 +192,7 @@ def _problem_schema() -> dict[str, Any]:
             "detail": {"type": "string", "description": "What was found, where, and what to do."},
             "code": {"type": "string", "enum": list(problems.CODES), "description": "Stable; branch on this."},
             "request_id": {"type": "string"},
+            "trace_id": {"type": "string", "description": "Where the request is traced: 32 hexadecimal digits."},
         },
     }
 

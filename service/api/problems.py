@@ -10,7 +10,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from service import errors, metrics
+from service import errors, metrics, tracing
 from service.api import request_id
 
 logger = logging.getLogger("cellserve.api")
@@ -64,7 +64,8 @@ CODES = tuple(sorted(error.code for error in STATUS))
 def problem(error: errors.CellserveError, **more: Any) -> Response:
     """The answer for an error: its code, what was found, where, and what to do; `more` are further members."""
     status = STATUS[type(error)]
-    metrics.REFUSED.labels(error.code).inc()
+    if (trace_id := _note(error)) is not None:
+        more["trace_id"] = trace_id
     document: dict[str, Any] = {
         "type": f"urn:cellserve:problem:{error.code}",
         "title": error.title,
@@ -82,11 +83,20 @@ def problem(error: errors.CellserveError, **more: Any) -> Response:
 
 def protocol_error(error: errors.CellserveError) -> Response:
     """The answer for an error where the Open Inference Protocol is spoken."""
-    metrics.REFUSED.labels(error.code).inc()
+    _note(error)
     status = STATUS[type(error)]
     return Response(
         orjson.dumps({"error": error.detail}), PROTOCOL_STATUS.get(status, status), _headers(error), "application/json"
     )
+
+
+def _note(error: errors.CellserveError) -> str | None:
+    """Count an error, and say it to the trace of its request; the trace's id where there is one."""
+    metrics.REFUSED.labels(error.code).inc()
+    if (trace := tracing.current.get()) is None:
+        return None
+    trace.problem = error.code
+    return trace.trace_id
 
 
 def form_at(path: str) -> Callable[[errors.CellserveError], Response]:

@@ -14,6 +14,7 @@ from service.api.drain import Draining
 from service.api.request_id import RequestId
 from service.api.state import State
 from service.api.tasks import endpoint
+from service.api.traced import Traced
 from service.errors import CellserveError
 from service.inference import TASKS
 
@@ -38,11 +39,13 @@ def build_api(state: State) -> Starlette:
         route("/metrics", health.scrape, "GET"),
         route("/docs.json", _docs, "GET"),
     ]
+    traced = [Middleware(Traced, traces=state.traces)] if state.traces is not None else []
     app = Starlette(
         routes=routes,
         # The id first, so that every line and problem below carries it; problems innermost, so that their status is measured.
         middleware=[
             Middleware(RequestId),
+            *traced,
             Middleware(Draining, state=state),
             Middleware(Access),
             Middleware(problems.Problems),

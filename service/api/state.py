@@ -4,7 +4,7 @@ import math
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 import scipy.sparse as sp
 from starlette.requests import Request
@@ -18,6 +18,9 @@ from service.inference.batcher import Batcher, Timing, Work
 from service.inference.cached import CachedRuns
 from service.inference.models import Models
 from service.inference.shadow import Shadows
+
+if TYPE_CHECKING:
+    from service.trace_export import Traces
 
 
 @dataclass
@@ -40,6 +43,9 @@ class State:
     cached: CachedRuns | None = None
     budgets: ClientBudgets | None = None
     progress: Progress = field(default_factory=Progress)
+    traces: "Traces | None" = None
+    """None where requests are not traced."""
+
     admin_token: str | None = None
     is_draining: bool = False
     statistics: Statistics = field(default_factory=Statistics)

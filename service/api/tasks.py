@@ -9,13 +9,14 @@ from collections.abc import AsyncIterator, Callable
 from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 
-from service import metrics
+from service import metrics, tracing
 from service.api import request_id, streaming
 from service.api.access import Endpoint
 from service.api.cache_header import cache_header
 from service.api.disconnect import cancelled_on_disconnect
 from service.api.drift import observe_answers, observe_query
 from service.api.negotiation import answer_format, body_format
+from service.api.stages import until_queue
 from service.api.state import State, state
 from service.cells.columns import Columns, n_cells
 from service.cells.formats.arrow import FORMAT as ARROW
@@ -59,12 +60,15 @@ def endpoint(task: Task) -> Endpoint:
         work = Work(model=model, task=task, options=task.read_options(options, model))
         if request.headers.get(streaming.HEADER) == "1":
             return await _stream(app, request, work, body_type, answer_type)
+        started = time.monotonic()
         async with app.intake.body(request) as body, cancelled_on_disconnect(request):
+            received = time.monotonic()
             if len(body) <= PARSED_AT_ONCE:
                 query, seconds = _read(app, model, body_type, body)
             else:
                 loop = asyncio.get_running_loop()
                 query, seconds = await loop.run_in_executor(app.parsers, _read, app, model, body_type, body)
+            seconds = until_queue(started, received, seconds)
 
             def answered(first: Columns) -> None:
                 app.shadows.offer(Answered(model, task, options, body_type, body, first))
@@ -147,8 +151,10 @@ async def _stream(app: State, request: Request, work: Work, body_type: Format, a
     watched = app.progress.begin(work)
 
     async def read(piece: bytes) -> Query:
+        received = time.monotonic()
         query, seconds = await loop.run_in_executor(app.parsers, _read, app, work.model, body_type, piece)
-        seconds_of[id(query)] = seconds
+        # Waiting for the client to send more is no stage: it may be waiting for us to answer.
+        seconds_of[id(query)] = until_queue(received, received, seconds)
         watched.n_received += query.counts.shape[0]
         return query
 
@@ -215,7 +221,7 @@ async def _pieces(
     chunks: AsyncIterator[Columns],
 ) -> AsyncIterator[bytes]:
     """The bytes of the answer, one piece per chunk; `columns` is the first."""
-    serialise_seconds, position = 0.0, 0
+    serialise_seconds, position, began = 0.0, 0, time.monotonic()
     lead = writer.start(query.head(work.model, work.task, work.options, request_id.current.get()))
     while True:
         started = time.perf_counter()
@@ -229,6 +235,8 @@ async def _pieces(
         serialise_seconds += time.perf_counter() - started
         if is_last:
             measure(work, position, seconds, timing, serialise_seconds)
+            if (trace := tracing.current.get()) is not None:
+                trace.stage("serialise", began, time.monotonic(), {"cellserve.busy_seconds": serialise_seconds})
             observe_query(work.model, query)
         yield piece
         if is_last:
@@ -258,5 +266,5 @@ def measure(work: Work, n_rows: int, seconds: dict[str, float], timing: Timing, 
         "serialise": serialise_seconds,
     }
     for stage, stage_seconds in spent.items():
-        metrics.STAGE_SECONDS.labels(work.task.name, stage).observe(stage_seconds)
+        metrics.stage_seconds(work.task.name, stage).observe(stage_seconds)
     metrics.CELLS.labels(work.model.manifest.name, work.model.manifest.version, work.task.name).inc(n_rows)

@@ -14,8 +14,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 import scipy.sparse as sp
+from opentelemetry.trace import SpanContext
 
-from service import metrics
+from service import metrics, tracing
 from service.cells.columns import Columns, concatenate, n_cells, take
 from service.cells.counts import csr
 from service.errors import DeadlinePassed, DeadlineTooShort, QueueFull, ShuttingDown
@@ -49,6 +50,11 @@ class Work:
         """Equal for what may run together. A version that was unloaded and loaded again is another object of the same name."""
         return self.model.id, self.task.name, self.options, id(self.model)
 
+    def n_run(self, n_rows: int) -> int:
+        """Rows that the first graph of the task runs with for so many cells: what it is padded to."""
+        sessions = [self.model.sessions[graph] for graph in self.task.graphs if graph in self.model.sessions]
+        return sessions[0].n_run(n_rows) if sessions else n_rows
+
 
 @dataclass(eq=False)
 class Ticket:
@@ -72,6 +78,13 @@ class Ticket:
     compute_seconds: float = 0.0
     charge: Callable[[float], None] | None = None
     """Told the seconds that its own rows have cost, chunk by chunk, also where its client has left meanwhile."""
+    ended: float = 0.0
+    """When the last of its chunks had run."""
+
+    n_chunks: int = 0
+    trace: tracing.RequestTrace | None = None
+    batches: list[SpanContext] = field(default_factory=list)
+    """Spans of the chunks that it was part of, where it is traced."""
 
     @property
     def n_left(self) -> int:
@@ -189,7 +202,7 @@ class Batcher:
                 left_seconds=max(0.0, deadline - now),
                 retry_after_seconds=self.retry_after_seconds(),
             )
-        ticket = Ticket(work=work, counts=counts, admitted=now, deadline=deadline, charge=charge)
+        ticket = Ticket(work, counts, now, deadline, charge=charge, trace=tracing.current.get())
         self._change_queue(n_rows)
         self._tickets.add(ticket)
         self._enqueue(ticket)
@@ -212,6 +225,8 @@ class Batcher:
             self._tickets.discard(ticket)
             self._change_queue(-ticket.n_left)
             ticket.n_taken = n_rows
+            if ticket.trace is not None:
+                _trace(ticket, ticket.trace)
             if n_given < n_rows:
                 metrics.CANCELLED.inc()
 
@@ -256,16 +271,19 @@ class Batcher:
 
     async def _run(self) -> None:
         loop = asyncio.get_running_loop()
-        free_since = time.monotonic()
+        free_since, was_idle = time.monotonic(), True
         while True:
             pieces = self._next_pieces()
             if not pieces:
+                was_idle = True
                 self._wake.clear()
                 await self._wake.wait()
                 free_since = time.monotonic()
                 continue
             n_rows = sum(stop - start for _, start, stop in pieces)
             is_few, kind = n_rows <= FEW_ROWS, pieces[0][0].work.key[:2]
+            reason = "full" if n_rows >= self._batch_rows else "idle" if was_idle else "free"
+            was_idle = False
             started = self._running_since = time.monotonic()
             try:
                 if is_few and kind in self._quick:
@@ -274,6 +292,7 @@ class Batcher:
                 else:
                     columns = await loop.run_in_executor(self._executor, _compute, pieces)
             except Exception as error:
+                self._trace_batch(pieces, started, n_rows, reason, type(error).__name__)
                 for ticket, _, _ in pieces:
                     # It will not run again: the request ends with this error, and its rows leave the queue with it.
                     _deliver(ticket, error)
@@ -289,14 +308,49 @@ class Batcher:
             self._rows_per_second = 0.8 * (self._rows_per_second or rate) + 0.2 * rate
             runs = self.runs[pieces[0][0].work.model.id][n_rows]
             runs.n_runs, runs.seconds = runs.n_runs + 1, runs.seconds + seconds
-            metrics.BATCH_ROWS.labels(pieces[0][0].work.task.name).observe(n_rows)
+            self._measure(pieces[0][0].work, n_rows, seconds, reason)
+            batch = self._trace_batch(pieces, started, n_rows, reason)
             position = 0
             for ticket, start, stop in pieces:
                 ticket.compute_seconds += seconds
                 if ticket.charge is not None:
                     ticket.charge(seconds * (stop - start) / n_rows)
+                ticket.ended, ticket.n_chunks = started + seconds, ticket.n_chunks + 1
+                if batch is not None and ticket.trace is not None:
+                    ticket.batches.append(batch)
                 _deliver(ticket, take(columns, position, position + stop - start))
                 position += stop - start
+
+    def _measure(self, work: Work, n_rows: int, seconds: float, reason: str) -> None:
+        """Count a chunk."""
+        task = work.task.name
+        n_run = work.n_run(n_rows)
+        metrics.BATCHES.labels(task, reason).inc()
+        rows, fill, padding, duration = metrics.batch_series(task)
+        rows.observe(n_rows)
+        fill.observe(n_rows / self._batch_rows)
+        padding.observe(1 - n_rows / n_run)
+        duration.observe(seconds)
+
+    def _trace_batch(
+        self, pieces: list[tuple[Ticket, int, int]], started: float, n_rows: int, reason: str, error: str = ""
+    ) -> SpanContext | None:
+        """Record a chunk for those of its requests that are traced."""
+        requests = [ticket.trace for ticket, _, _ in pieces if ticket.trace is not None]
+        if not requests:
+            return None
+        work = pieces[0][0].work
+        attributes: dict[str, str | int | float] = {
+            "cellserve.model": work.model.manifest.name,
+            "cellserve.version": work.model.manifest.version,
+            "cellserve.task": work.task.name,
+            "cellserve.requests": len(pieces),
+            "cellserve.rows": n_rows,
+            "cellserve.fill": n_rows / self._batch_rows,
+            "cellserve.padding_rows": work.n_run(n_rows) - n_rows,
+            "cellserve.reason": reason,
+        }
+        return tracing.record_batch(requests, f"batch {work.task.name}", started, time.monotonic(), attributes, error)
 
     def _next_pieces(self) -> list[tuple[Ticket, int, int]]:
         """The next chunk: (ticket, first row, last row + 1), all of one work. Empty when nothing waits."""
@@ -342,6 +396,26 @@ def _rows(counts: sp.csr_matrix, start: int, stop: int) -> sp.csr_matrix:
 def _deliver(ticket: Ticket, result: Columns | BaseException) -> None:
     ticket.results.append(result)
     ticket.has_result.set()
+
+
+def _trace(ticket: Ticket, trace: tracing.RequestTrace) -> None:
+    """Record where a request waited and ran."""
+    n_rows = int(ticket.counts.shape[0])
+    if not ticket.n_chunks:
+        trace.stage("queue", ticket.admitted, time.monotonic(), {"cellserve.rows": n_rows})
+        return
+    began = ticket.admitted + ticket.wait_seconds
+    trace.stage("queue", ticket.admitted, began, {"cellserve.rows": n_rows})
+    work = ticket.work
+    attributes: dict[str, str | int | float] = {
+        "cellserve.model": work.model.manifest.name,
+        "cellserve.version": work.model.manifest.version,
+        "cellserve.task": work.task.name,
+        "cellserve.rows": n_rows,
+        "cellserve.chunks": ticket.n_chunks,
+        "cellserve.busy_seconds": ticket.compute_seconds,
+    }
+    trace.stage("compute", began, ticket.ended, attributes, ticket.batches)
 
 
 async def run_whole(batcher: Batcher, work: Work, counts: sp.csr_matrix) -> Columns:

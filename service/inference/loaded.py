@@ -11,6 +11,7 @@ from typing import Any
 from service import metrics
 from service.contract.store import ModelId
 from service.inference.model import Model
+from service.inference.profile import export_profile
 
 
 class _Held:
@@ -65,6 +66,9 @@ class Loaded:
         manifest = model.manifest
         _held.add(model)
         metrics.MODEL_INFO.labels(model_id.name, model_id.version, manifest.family, model.runtime.provider).set(1)
+        n_bytes = sum(manifest.files[graph.file].n_bytes for graph in manifest.graphs.values())
+        metrics.GRAPH_BYTES.labels(model_id.name, model_id.version).set(n_bytes)
+        export_profile(manifest)
 
     def drop(self, model_id: ModelId, reason: str) -> None:
         """Let a version go, if it is here."""
@@ -76,6 +80,8 @@ class Loaded:
             manifest = model.manifest
             with contextlib.suppress(KeyError):
                 metrics.MODEL_INFO.remove(model_id.name, model_id.version, manifest.family, model.runtime.provider)
+            with contextlib.suppress(KeyError):
+                metrics.GRAPH_BYTES.remove(model_id.name, model_id.version)
             metrics.MODEL_UNLOADS.labels(reason).inc()
 
     def trim(self) -> list[ModelId]:

@@ -227,6 +227,12 @@ class Session:
         )
         return outputs[0][:n]
 
+    def n_run(self, n_cells: int) -> int:
+        """Rows that the graph runs with for so many cells, those included that only fill up."""
+        n_full, n_rest = divmod(n_cells, self.shapes[-1])
+        rest = next(shape for shape in self.shapes if shape >= n_rest) if n_rest else 0
+        return n_full * self.shapes[-1] + rest
+
     def prove_shapes(self, inputs: Mapping[str, Array], is_quiet: bool = False) -> dict[str, NDArray[np.float32]]:
         """Keep the shapes under which every golden cell has one and the same bits, in every place of them.
 

@@ -22,8 +22,10 @@ PYTHON = "CELLSERVE_TEST_SERVER_PYTHON"
 class Server:
     """One server process. `start` returns at once; `wait_until_ready` waits."""
 
-    def __init__(self, store: Path, **environment: str) -> None:
-        """Make a server of the models in `store`; further arguments are environment variables."""
+    service = "service.app:CellServe"
+
+    def __init__(self, store: Path, **environment: str | None) -> None:
+        """Make a server of the models in `store`; further arguments are environment variables, None for one that is not set."""
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self._home = tempfile.TemporaryDirectory(prefix="cellserve-test-")
@@ -35,15 +37,16 @@ class Server:
             for name, value in os.environ.items()
             if not name.startswith(("CELLSERVE_", "PROMETHEUS_", "BENTOML_"))
         }
-        self._environment = {
+        wanted: dict[str, str | None] = {
             **inherited,
             "CELLSERVE_STORE": str(store),
             "BENTOML_HOME": self._home.name,
             "BENTOML_DO_NOT_TRACK": "true",
             **environment,
         }
+        self._environment = {name: value for name, value in wanted.items() if value is not None}
         # Not resolved: the name of a virtual environment's interpreter is what makes it one.
-        self._command = [str(Path(python).absolute()), "-m", "bentoml", "serve", "service.app:CellServe"]
+        self._command = [str(Path(python).absolute()), "-m", "bentoml", "serve", self.service]
         self._command += ["--host", "127.0.0.1", "--port", str(self.port)]
         self.process: subprocess.Popen[bytes] | None = None
 

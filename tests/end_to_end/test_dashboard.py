@@ -17,7 +17,8 @@ import scipy.sparse as sp
 import yaml
 
 from service import metrics
-from tests.builders import arrow_body
+from tests.builders import PROFILE, arrow_body, counts, gene_table, write_artifact
+from tests.end_to_end.conftest import STORE
 from tests.end_to_end.server import ROOT, Server, free_port
 
 DEPLOY = ROOT / "deploy"
@@ -25,6 +26,19 @@ DASHBOARD = json.loads((DEPLOY / "grafana/dashboards/cellserve.json").read_text(
 QUERIES = [(panel["title"], target["expr"]) for panel in DASHBOARD["panels"] for target in panel["targets"]]
 ARROW = {"Content-Type": "application/vnd.apache.arrow.stream"}
 PROMETHEUS = shutil.which("prometheus")
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A ready server of the shipped model, and of one whose artifact describes its reference."""
+    store = tmp_path_factory.mktemp("dashboard")
+    shutil.copytree(STORE, store, dirs_exist_ok=True)
+    write_artifact(store, profile=PROFILE)
+    running = Server(store)
+    try:
+        yield running.start().wait_until_ready()
+    finally:
+        running.close()
 
 
 @pytest.fixture(scope="module")
@@ -45,13 +59,15 @@ def prometheus(server: Server, cells: ad.AnnData, tmp_path_factory: pytest.TempP
     url = f"http://127.0.0.1:{port}"
     try:
         body = arrow_body(sp.csr_matrix(cells.X), tuple(cells.var_names))
+        tiny = arrow_body(counts(20), gene_table().gene_symbol)
         deadline = time.monotonic() + 60
         n_scrapes = 0.0
         while n_scrapes < 4:
             assert time.monotonic() < deadline, (folder / "log").read_text()
             for task in ("embed", "reconstruct", "annotate"):
-                assert httpx.post(f"{server.url}/v1/{task}", content=body, headers=ARROW).status_code == 200
-            assert httpx.post(f"{server.url}/v1/embed", content=b"{}", headers=ARROW).status_code == 400
+                assert httpx.post(f"{server.url}/v1/{task}?model=pbmc", content=body, headers=ARROW).status_code == 200
+                assert httpx.post(f"{server.url}/v1/{task}?model=tiny", content=tiny, headers=ARROW).status_code == 200
+            assert httpx.post(f"{server.url}/v1/embed?model=pbmc", content=b"{}", headers=ARROW).status_code == 400
             with contextlib.suppress(httpx.TransportError):
                 found = query(url, 'count_over_time(up{job="cellserve"}[1m])')
                 n_scrapes = float(found[0]["value"][1]) if found else 0.0

@@ -34,7 +34,7 @@ def test_metrics_of_a_request(server: Server, cells: ad.AnnData) -> None:
     assert grown("cellserve_cells_total", model="pbmc", version="1", task="embed") == cells.n_obs
     assert grown("cellserve_batch_rows_sum", task="embed") == cells.n_obs
     assert grown("cellserve_requests_total", route="/v1/embed", method="POST", status="200") == 1
-    for stage in ("parse", "align", "queue", "compute", "serialise"):
+    for stage in ("read", "parse_wait", "parse", "align", "queue", "compute", "serialise"):
         assert grown("cellserve_stage_seconds_count", task="embed", stage=stage) == 1
     assert (
         after[

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from service.settings import OTHERS, PREFIX, Settings, SettingsError, read_settings
+from service.settings import OTHERS, PREFIX, Settings, SettingsError, read_settings, traces_exporter
 
 
 @pytest.fixture(autouse=True)
@@ -145,3 +145,33 @@ def test_a_folder_of_settings_is_not_read(monkeypatch: pytest.MonkeyPatch, tmp_p
     (tmp_path / ".env").write_text("CELLSERVE_BATCH_ROWS=7\n")
     monkeypatch.chdir(tmp_path)
     assert read_settings().batch_rows == 256
+
+
+@pytest.mark.parametrize(
+    ("environment", "exporter"),
+    [
+        ({}, None),
+        ({"OTEL_EXPORTER_OTLP_ENDPOINT": "http://collector:4318"}, "otlp"),
+        ({"OTEL_EXPORTER_OTLP_TRACES_ENDPOINT": "http://collector:4318/v1/traces"}, "otlp"),
+        ({"OTEL_EXPORTER_OTLP_ENDPOINT": ""}, None),
+        ({"OTEL_TRACES_EXPORTER": "otlp"}, "otlp"),
+        ({"OTEL_TRACES_EXPORTER": "console"}, "console"),
+        ({"OTEL_TRACES_EXPORTER": "none", "OTEL_EXPORTER_OTLP_ENDPOINT": "http://collector:4318"}, None),
+        ({"OTEL_TRACES_EXPORTER": "otlp", "OTEL_SDK_DISABLED": "True"}, None),
+    ],
+)
+def test_traces(monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], exporter: str | None) -> None:
+    """OpenTelemetry's own variables say where spans go; without them there are none."""
+    for name in ("TRACES_EXPORTER", "SDK_DISABLED", "EXPORTER_OTLP_ENDPOINT", "EXPORTER_OTLP_TRACES_ENDPOINT"):
+        monkeypatch.delenv(f"OTEL_{name}", raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+
+    assert traces_exporter() == exporter
+
+
+def test_traces_that_are_not_spoken(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An exporter that is not there is named, with those that are."""
+    monkeypatch.setenv("OTEL_TRACES_EXPORTER", "zipkin")
+    with pytest.raises(SettingsError, match="otlp, console or none"):
+        traces_exporter()

@@ -40,6 +40,8 @@ async def test_every_task_answers(client: httpx.AsyncClient, task: str) -> None:
     assert document["counts"] == {"n_cells": 3, "n_empty": 0, "warnings": []}
     assert answer.headers["x-cellserve-model"] == "tiny@1"
     assert [part.split(";")[0] for part in answer.headers["server-timing"].split(", ")] == [
+        "read",
+        "parse_wait",
         "parse",
         "align",
         "queue",

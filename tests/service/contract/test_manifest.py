@@ -229,3 +229,23 @@ def test_a_manifest_is_immutable() -> None:
         manifest.name = "other"
     with pytest.raises(ValidationError):
         manifest.genes.n_genes = 1
+
+
+def test_a_profile_of_the_reference(tmp_path: Path) -> None:
+    """What an artifact says of its reference is about classes that it has, in shares and quantiles that can be."""
+    good = {**DOCUMENT, "profile": builders.PROFILE}
+    assert read(tmp_path, good).profile.library_size.quantiles["0.5"] == 60
+    assert read(tmp_path, DOCUMENT).profile is None
+
+    for at, value in (
+        (("labels", "cell_type", "shares"), {"Fibroblast": 1.0}),
+        (("labels", "cell_type", "shares"), {"B": 1.5}),
+        (("labels",), {"tissue": builders.PROFILE["labels"]["cell_type"]}),
+        (("library_size", "quantiles"), {"0.5": 3.0}),
+        (("library_size", "quantiles", "0.25"), 1_000.0),
+        (("n_cells",), 0),
+    ):
+        wrong = deepcopy(good)
+        get(wrong["profile"], at[:-1])[at[-1]] = value
+        with pytest.raises(InvalidArtifact, match="profile"):
+            read(tmp_path, wrong)

@@ -12,12 +12,15 @@ import scipy.sparse as sp
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from service import metrics
 from service.cells.columns import Columns, Values
 from service.errors import DeadlinePassed, DeadlineTooShort, QueueFull, ShuttingDown
+from service.inference import TASKS
 from service.inference import batcher as module
 from service.inference.batcher import HEADROOM, Batcher, Timing, Work, run_whole
 from service.inference.model import Model
 from service.inference.task import Options, Task
+from tests.builders import counts
 
 
 @dataclass
@@ -317,3 +320,35 @@ async def test_many_small_requests_leave_the_loop_its_turns(
     await asyncio.gather(*(answered(batcher, one, rows(1)) for one in different))
     counting.cancel()
     assert turns >= 50
+
+
+async def test_why_a_chunk_began(started, recording: RecordingTask, tiny: Model) -> None:
+    """Counted per chunk: nothing ran before it, it took all that waited, or it took as many as may run together; and how full it was."""
+    name = "counted"
+    batcher, work = started(batch_rows=4), Work(tiny, recording.task(name), Options())
+
+    def counted() -> dict[str, float]:
+        return {reason: metrics.BATCHES.labels(name, reason)._value.get() for reason in metrics.REASONS}
+
+    recording.gate.clear()
+    first = asyncio.create_task(answered(batcher, work, rows(1)))
+    await until(lambda: batcher.running_seconds > 0)
+    others = [asyncio.create_task(answered(batcher, work, rows(*range(n)))) for n in (3, 3)]
+    await asyncio.sleep(0.01)
+    recording.gate.set()
+    await asyncio.gather(first, *others)
+
+    assert counted() == {"idle": 1, "full": 1, "free": 1}
+    assert metrics.BATCH_FILL.labels(name)._sum.get() == pytest.approx(1 / 4 + 4 / 4 + 2 / 4)
+    assert metrics.BATCH_PADDING.labels(name)._sum.get() == 0  # this task runs no graph
+
+
+@pytest.mark.parametrize(("n_rows", "padding"), [(3, 13), (16, 0), (17, 47), (70, 10), (128, 0)])
+async def test_padding(started, tiny: Model, n_rows: int, padding: int) -> None:
+    """The rows that fill a run up to a shape of fixed bits are said, as a share of all that ran."""
+    batcher = started()
+    task = replace(TASKS["embed"], name=f"embed_{n_rows}")
+    await run_whole(batcher, Work(tiny, task, Options()), counts(n_rows))
+
+    assert metrics.BATCH_PADDING.labels(task.name)._sum.get() == pytest.approx(padding / (n_rows + padding))
+    assert metrics.BATCH_SECONDS.labels(task.name)._sum.get() > 0
