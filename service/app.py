@@ -21,11 +21,13 @@ import bentoml
 from _bentoml_sdk import Service
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from service import metrics
 from service.api import logs, openapi
 from service.api.drain import drain_on_signal
 from service.api.limits import Intake
 from service.api.routes import build_api
 from service.api.state import State
+from service.api.uploads import Uploads
 from service.contract.store import Store
 from service.errors import ProviderUnavailable
 from service.inference.batcher import Batcher
@@ -94,6 +96,18 @@ class CellServe:
             batcher=batcher,
             shadows=Shadows(models, batcher),
             intake=Intake(settings.max_body_bytes, settings.max_body_bytes_in_flight, settings.body_timeout_seconds),
+            uploads=Uploads(
+                Intake(
+                    settings.max_upload_bytes,
+                    settings.max_upload_bytes_in_flight,
+                    settings.upload_timeout_seconds,
+                    metrics.UPLOAD_BYTES_IN_FLIGHT,
+                ),
+                settings.max_cells,
+                settings.parse_seconds,
+                settings.parse_memory_bytes,
+                settings.upload_directory,
+            ),
             parsers=self._parsers,
             max_cells=settings.max_cells,
             max_decoded_bytes=settings.max_decoded_bytes,
@@ -118,4 +132,5 @@ class CellServe:
         self.state.shadows.stop()
         self.state.models.stop()
         await self.state.batcher.stop()
+        self.state.uploads.close()
         await asyncio.to_thread(self._parsers.shutdown)

@@ -8,6 +8,7 @@ from starlette.requests import Request
 
 from service.api.limits import Intake
 from service.api.oip_statistics import Statistics
+from service.api.uploads import Uploads
 from service.inference.batcher import Batcher
 from service.inference.models import Models
 from service.inference.shadow import Shadows
@@ -21,6 +22,7 @@ class State:
     batcher: Batcher
     shadows: Shadows
     intake: Intake
+    uploads: Uploads
     parsers: ThreadPoolExecutor
     """Threads that read bodies and align genes; their number bounds the memory that parsing takes."""
 
