@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import errno
 import tempfile
+import threading
 import weakref
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -137,20 +138,27 @@ class Uploads:
         """Give a process to a function in a thread; where nobody waits for it any more, the process is ended."""
         is_cancelled = False
         leased: list[FileProcess] = []
+        lock = threading.Lock()  # what has been given back is another's, and must not be ended
 
         def run() -> T:
             with self._processes.lease() as process:
-                leased.append(process)
-                if is_cancelled:
-                    raise FileReaderEnded(reason="nobody waits for it any more")
-                return work(process)
+                with lock:
+                    leased.append(process)
+                try:
+                    if is_cancelled:
+                        raise FileReaderEnded(reason="nobody waits for it any more")
+                    return work(process)
+                finally:
+                    with lock:
+                        leased.clear()
 
         try:
             return await asyncio.get_running_loop().run_in_executor(self._threads, run)
         except asyncio.CancelledError:
-            is_cancelled = True
-            for process in leased:
-                process.kill()
+            with lock:
+                is_cancelled = True
+                for process in leased:
+                    process.kill()
             raise
 
     def _read(

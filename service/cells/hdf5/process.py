@@ -5,6 +5,7 @@ on its memory, time and files, and is started anew.
 """
 
 import contextlib
+import errno
 import math
 import os
 import resource
@@ -105,7 +106,9 @@ def _read(job: dict[str, Any], source: Any, scratch: Any) -> Iterator[bytes]:
     except CellserveError as error:
         yield messages.pack({"code": error.code, "members": error.members()})
     except (OSError, RuntimeError, ValueError, TypeError, KeyError, IndexError, AttributeError, OverflowError) as error:
-        if "alloc" in str(error) or "o space" in str(error):  # HDF5 has errors of its own for it
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        if "alloc" in str(error):  # HDF5 has errors of its own for it
             raise MemoryError from error
         where = f" at '{plain.at}'" if plain is not None else ""
         problem = f"The file is no HDF5 file, cut off or damaged{where}: {str(error)[:200]}."
