@@ -150,6 +150,11 @@ class FileProcess:
         self._process.wait()
 
     @property
+    def pid(self) -> int:
+        """Its number."""
+        return self._process.pid
+
+    @property
     def is_alive(self) -> bool:
         """Whether it can take a job."""
         return self._process.poll() is None
