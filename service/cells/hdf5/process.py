@@ -4,6 +4,7 @@ A file that somebody sends may crash what reads it. Here that ends a process wit
 on its memory, time and files, and is started anew.
 """
 
+import codecs
 import contextlib
 import errno
 import math
@@ -122,6 +123,10 @@ def _write(source: Any, target: Any) -> Iterator[bytes]:
         answer_file.write(source.read, file)
     yield messages.pack({"is_end": True})
 
+
+# Imported at their first use otherwise, when no file can be opened any more.
+for _encoding in ("ascii", "utf-8", "latin-1"):
+    codecs.lookup(_encoding)
 
 if __name__ == "__main__":
     # A group of its own keeps a terminal's Ctrl-C away; whoever wants an end of it closes the socket.

@@ -39,4 +39,4 @@ def path(adata: ad.AnnData, tmp_path: Path) -> Path:
 
 def logged(matrix: sp.csr_matrix) -> sp.csr_matrix:
     """What log-normalisation makes of counts."""
-    return sp.csr_matrix(np.log1p(matrix.toarray() / matrix.sum(axis=1) * 1e4))
+    return sp.csr_matrix(np.log1p(matrix.toarray() / np.maximum(matrix.sum(axis=1), 1) * 1e4))
