@@ -199,7 +199,7 @@ async def test_a_full_disk(tiny_path: Path, content: bytes, monkeypatch: pytest.
     """Where a file cannot be written for want of space, that is said as such."""
     async with serving(tiny_path) as client:
         with monkeypatch.context() as patch:
-            full = Path("/dev/full").open("r+b", buffering=0)  # noqa: ASYNC230, SIM115 - closed by the service
+            full = Path("/dev/full").open("r+b", buffering=0)  # noqa: SIM115 - closed by the service
             patch.setattr("tempfile.TemporaryFile", lambda dir: full)  # noqa: A006 - tempfile's own name
             answer = await client.post("/v1/embed", content=content, headers={"Content-Type": H5AD, "Accept": JSON})
 
