@@ -172,8 +172,7 @@ class Client:
                 response.read()
             _checked(response)
             with open(target, "wb") as file:  # noqa: PTH123 - any path-like
-                for piece in response.iter_bytes():
-                    file.write(piece)
+                file.writelines(response.iter_bytes())
             return ad.read_h5ad(target)
 
     def stream(

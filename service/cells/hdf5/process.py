@@ -13,6 +13,7 @@ import resource
 import signal
 import socket
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import h5py
@@ -30,6 +31,8 @@ def main() -> None:
     """Do one job after the other, until the server closes the socket."""
     server = socket.socket(fileno=0)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    with contextlib.suppress(OSError):  # where memory runs out, this is to go and not the server
+        Path("/proc/self/oom_score_adj").write_text("1000")
     while True:
         message, files, _, _ = socket.recv_fds(server, 4, 2)
         if not message:

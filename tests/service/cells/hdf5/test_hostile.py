@@ -409,6 +409,9 @@ def test_bounds_of_the_system(processes: FileProcesses, path: Path) -> None:
         assert system.rlimit(psutil.RLIMIT_AS)[0] == LIMITS.memory_bytes
         assert system.rlimit(psutil.RLIMIT_FSIZE)[0] == LIMITS.file_bytes
         assert system.rlimit(psutil.RLIMIT_CORE)[0] == 0
+        assert (
+            Path(f"/proc/{process.pid}/oom_score_adj").read_text().strip() == "1000"
+        )  # it goes first, where memory runs out
         assert LIMITS.seconds - 1 < system.rlimit(psutil.RLIMIT_CPU)[0] - spent < LIMITS.seconds + 2
 
 
