@@ -23,6 +23,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from service import metrics
 from service.api import logs, openapi
+from service.api.client_budget import ClientBudgets
 from service.api.drain import drain_on_signal
 from service.api.limits import Intake
 from service.api.routes import build_api
@@ -30,7 +31,9 @@ from service.api.state import State
 from service.api.uploads import Uploads
 from service.contract.store import Store
 from service.errors import ProviderUnavailable
+from service.inference.answer_cache import AnswerCache
 from service.inference.batcher import Batcher
+from service.inference.cached import CachedRuns
 from service.inference.models import Models
 from service.inference.session import choose_runtime
 from service.inference.shadow import Shadows
@@ -91,6 +94,7 @@ class CellServe:
         models = Models(store=Store(settings.store), runtime=runtime, max_loaded=settings.max_loaded)
         batcher = Batcher(batch_rows=settings.batch_rows, max_queue_rows=settings.max_queue_rows)
         self._parsers = ThreadPoolExecutor(N_PARSERS, thread_name_prefix="cellserve-parse")
+        cache = AnswerCache(settings.cache_bytes) if settings.cache_bytes is not None else None
         self.state = State(
             models=models,
             batcher=batcher,
@@ -113,6 +117,12 @@ class CellServe:
             max_decoded_bytes=settings.max_decoded_bytes,
             timeout_seconds=settings.timeout_seconds,
             stall_seconds=settings.stall_seconds,
+            cached=CachedRuns(batcher, cache, self._parsers) if cache is not None else None,
+            budgets=ClientBudgets(
+                settings.client_budget_per_second, settings.client_budget_burst, settings.client_budget_keys
+            )
+            if settings.client_budget_per_second is not None
+            else None,
             admin_token=settings.admin_token.get_secret_value() if settings.admin_token is not None else None,
         )
         self.api = build_api(self.state)

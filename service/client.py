@@ -15,10 +15,11 @@ import os
 import socket
 import tempfile
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
+from urllib.parse import quote
 
 import anndata as ad
 import httpx
@@ -29,6 +30,8 @@ import scipy.sparse as sp
 
 ARROW = "application/vnd.apache.arrow.stream"
 HDF5 = "application/x-hdf5"
+OnProgress = Callable[[int, int | None], None]
+"""Called with the number of cells that are answered, and of all where it is known."""
 
 
 class CellserveProblem(Exception):
@@ -78,13 +81,36 @@ class Client:
         models: list[dict[str, Any]] = _checked(self._http.get("/v1/models")).json()["models"]
         return models
 
-    def embed(self, adata: ad.AnnData, *, layer: str | None = None, gene_key: str | None = None) -> ad.AnnData:
-        """A copy with the latent in obsm["X_<model>"]. Arguments and errors as of `run`."""
-        return self.run("embed", adata, layer=layer, gene_key=gene_key)
+    def progress(self, request_id: str) -> dict[str, Any]:
+        """How far a streamed or long request is, as GET /v1/requests/{request_id} says.
 
-    def annotate(self, adata: ad.AnnData, *, layer: str | None = None, gene_key: str | None = None) -> ad.AnnData:
+        Raises:
+            CellserveProblem: the server knows none of this id, or not any more.
+        """
+        progress: dict[str, Any] = _checked(self._http.get(f"/v1/requests/{quote(request_id)}")).json()
+        return progress
+
+    def embed(
+        self,
+        adata: ad.AnnData,
+        *,
+        layer: str | None = None,
+        gene_key: str | None = None,
+        on_progress: OnProgress | None = None,
+    ) -> ad.AnnData:
+        """A copy with the latent in obsm["X_<model>"]. Arguments and errors as of `run`."""
+        return self.run("embed", adata, layer=layer, gene_key=gene_key, on_progress=on_progress)
+
+    def annotate(
+        self,
+        adata: ad.AnnData,
+        *,
+        layer: str | None = None,
+        gene_key: str | None = None,
+        on_progress: OnProgress | None = None,
+    ) -> ad.AnnData:
         """A copy with `predicted_labels` and `conf_score` in obs. Arguments and errors as of `run`."""
-        return self.run("annotate", adata, layer=layer, gene_key=gene_key)
+        return self.run("annotate", adata, layer=layer, gene_key=gene_key, on_progress=on_progress)
 
     def reconstruct(
         self, adata: ad.AnnData, *, layer: str | None = None, gene_key: str | None = None, **options: Any
@@ -93,7 +119,14 @@ class Client:
         return self.run("reconstruct", adata, layer=layer, gene_key=gene_key, **options)
 
     def run(
-        self, task: str, adata: ad.AnnData, *, layer: str | None = None, gene_key: str | None = None, **options: Any
+        self,
+        task: str,
+        adata: ad.AnnData,
+        *,
+        layer: str | None = None,
+        gene_key: str | None = None,
+        on_progress: OnProgress | None = None,
+        **options: Any,
     ) -> ad.AnnData:
         """Send all cells to a task and put the answer into a copy.
 
@@ -102,6 +135,7 @@ class Client:
             adata: cells by genes. Counts are taken from `layer`, or else from layers["counts"], raw.X, X, the first that there is.
             layer: layer that holds the raw counts; "X" for X.
             gene_key: column of var with gene names; var_names by default.
+            on_progress: called after each piece with the cells answered and the cells of all.
             options: of the task, as the API documents them.
 
         Returns:
@@ -119,6 +153,8 @@ class Client:
         for body in bodies(counts, genes, self.cells_per_request):
             response = self._http.post(f"/v1/{task}", params=parameters, content=body, headers={"Content-Type": ARROW})
             tables.append(read_answer(_checked(response).content))
+            if on_progress is not None:
+                on_progress(sum(map(len, tables)), adata.n_obs)
             # All pieces by one version, whatever becomes of the name meanwhile or to whom it is split.
             parameters["model"] = response.headers.get("X-Cellserve-Model", parameters.get("model"))
         return fill(adata, tables, source)
@@ -176,7 +212,14 @@ class Client:
             return ad.read_h5ad(target)
 
     def stream(
-        self, task: str, pieces: Iterable[sp.csr_matrix], genes: list[str], **options: Any
+        self,
+        task: str,
+        pieces: Iterable[sp.csr_matrix],
+        genes: list[str],
+        *,
+        on_progress: OnProgress | None = None,
+        request_id: str | None = None,
+        **options: Any,
     ) -> Iterator[pa.RecordBatch]:
         """Send cells of any number through one connection and give their answers as they come; neither side holds them whole.
 
@@ -184,6 +227,8 @@ class Client:
             task: a task of the server.
             pieces: raw counts of some cells each, over `genes`; taken one after the other, only as fast as answers are read.
             genes: names of the columns.
+            on_progress: called before each record batch is given, with the cells answered and None: how many will come is not known.
+            request_id: X-Request-ID of the request, under which `progress` knows it.
             options: of the task.
 
         Yields:
@@ -200,6 +245,8 @@ class Client:
         query = httpx.QueryParams({**options, **({"model": self.model} if self.model else {})})
         connection.putrequest("POST", f"{url.path}v1/{task}?{query}")
         headers = {"Content-Type": ARROW, "Accept": ARROW, "Transfer-Encoding": "chunked", "X-Cellserve-Stream": "1"}
+        if request_id is not None:
+            headers["X-Request-ID"] = request_id
         for name, value in headers.items():
             connection.putheader(name, value)
         connection.endheaders()
@@ -209,7 +256,12 @@ class Client:
             response = connection.getresponse()
             if response.status != 200:
                 raise CellserveProblem(response.status, json.loads(response.read()))
-            yield from _streamed_batches(response)
+            n_answered = 0
+            for batch in _streamed_batches(response):
+                n_answered += len(batch)
+                if on_progress is not None:
+                    on_progress(n_answered, None)
+                yield batch
         except (http.client.HTTPException, OSError, pa.ArrowException) as error:
             raise sender.error or ConnectionError(f"the answer broke off: {error!r}") from error
         finally:

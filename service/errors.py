@@ -404,6 +404,35 @@ class DeadlinePassed(CellserveError):
 
 
 @dataclass(eq=False)
+class ClientBudgetSpent(CellserveError):
+    """The client has used the computing that it may use for now; others have not."""
+
+    code = "client_budget_spent"
+    title = "The client's budget is spent"
+    sentence = (
+        "This client has used {overdrawn_seconds:.3g} s of computing more than it has saved up, at {seconds_per_second:g} s per second. "
+        "Try again in {retry_after_seconds} s."
+    )
+    overdrawn_seconds: float
+    seconds_per_second: float
+    retry_after_seconds: int
+
+
+@dataclass(eq=False)
+class RequestNotFound(CellserveError):
+    """No request of this id is known, or not any more."""
+
+    code = "request_not_found"
+    title = "No such request"
+    sentence = (
+        "No request with this X-Request-ID is being answered. Requests are known here from when their first cells have been read until "
+        "{kept_seconds:g} s after their end, if they are streamed or have more than {n_cells:,} cells."
+    )
+    kept_seconds: float
+    n_cells: int
+
+
+@dataclass(eq=False)
 class TooManyBytes(CellserveError):
     """The bodies that are held leave no room for this one."""
 

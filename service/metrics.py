@@ -28,6 +28,8 @@ DIFFERENCES = (0.0, 1e-6, 1e-5, 1e-4, 1e-3, 0.01, 0.1, 1.0, 10.0, 100.0)
 LANES = ("short", "long")
 LOAD_OUTCOMES = ("loaded", "refused")
 UNLOAD_REASONS = ("withdrawn", "least_recently_used")
+CACHE_OUTCOMES = ("hit", "miss")
+BUDGET_OUTCOMES = ("admitted", "refused", "slowed")
 STAGES = ("parse", "align", "queue", "compute", "serialise")
 
 
@@ -110,6 +112,18 @@ CONFIDENCE = CellHistogram(
 )
 LABELS = Counter("cellserve_labels_total", "Cells that were given a label.", ("model", "version", "column", "label"))
 CANCELLED = Counter("cellserve_cancelled_total", "Requests that left before their answer was complete.")
+CACHE_CELLS = Counter("cellserve_cache_cells_total", "Cells that the answer cache knew or not.", ("outcome",))
+CACHE_EVICTIONS = Counter("cellserve_cache_evictions_total", "Cells that left the answer cache for want of room.")
+CACHE_BYTES = Gauge("cellserve_cache_bytes", "Bytes of the answer cache: keys, answers and the table that finds them.")
+CACHE_LOOKUP_SECONDS = Histogram(
+    "cellserve_cache_lookup_seconds", "Making the keys of a request's cells and looking for them.", buckets=SECONDS
+)
+CLIENT_BUDGET = Counter(
+    "cellserve_client_budget_total",
+    "Requests by what the budget of their client said, and pieces of streams that had to wait for it.",
+    ("outcome",),
+)
+CLIENT_KEYS = Gauge("cellserve_client_keys", "Clients whose budget is being kept.")
 BODY_BYTES_IN_FLIGHT = Gauge("cellserve_body_bytes_in_flight", "Bytes of bodies held.")
 UPLOAD_BYTES_IN_FLIGHT = Gauge(
     "cellserve_upload_bytes_in_flight", "Bytes of uploaded files, their counts and answers held on disk."
@@ -193,6 +207,10 @@ def initialise(tasks: tuple[str, ...], codes: tuple[str, ...]) -> None:
         MODEL_LOADS.labels(outcome)
     for reason in UNLOAD_REASONS:
         MODEL_UNLOADS.labels(reason)
+    for outcome in CACHE_OUTCOMES:
+        CACHE_CELLS.labels(outcome)
+    for outcome in BUDGET_OUTCOMES:
+        CLIENT_BUDGET.labels(outcome)
 
 
 def forget(model: str, version: str) -> None:

@@ -88,6 +88,29 @@ class Settings(BaseSettings):
     timeout_seconds: float = Field(
         60, gt=0, description="Seconds that a chunk of an answer may take, its wait included. Beyond it: 504."
     )
+    cache_bytes: int | None = Field(
+        None,
+        ge=2**20,
+        description="Bytes of answers that are kept for cells that come again, with the least recently used going first. By default none.",
+    )
+    client_budget_per_second: float | None = Field(
+        None,
+        gt=0,
+        allow_inf_nan=False,
+        description="Seconds of computing per second that one client may use (see docs/serve.md for who is one). Beyond it requests get 429 "
+        "with Retry-After, and streams wait. By default there is no such bound.",
+    )
+    client_budget_burst: float = Field(
+        30,
+        gt=0,
+        allow_inf_nan=False,
+        description="Seconds of computing that a client can have saved up at most.",
+    )
+    client_budget_keys: int = Field(
+        10_000,
+        ge=1,
+        description="Clients whose budgets are kept. Who has not been seen for longest is forgotten first.",
+    )
     store_poll_s: float | None = Field(
         None,
         gt=0,

@@ -42,10 +42,13 @@ def counts(n_cells: int, n_genes: int = N_GENES, seed: int = 0, density: float =
 PROTEINS = ("CD3", "CD19")
 
 
-def graphs(n_genes: int = N_GENES, seed: int = 0, has_protein: bool = False) -> dict[str, bytes]:
+def graphs(
+    n_genes: int = N_GENES, seed: int = 0, has_protein: bool = False, has_steps: bool = False
+) -> dict[str, bytes]:
     """encode, decode and classify as ONNX bytes: log1p, a linear layer and ReLU; softmax times library; softmax.
 
-    With `has_protein` decode also gives PROTEINS, and knows the batch 2, which is the average of 0 and 1.
+    With `has_protein` decode also gives PROTEINS, and knows the batch 2, which is the average of 0 and 1. With `has_steps` there are also
+    transform and encode_values, the logarithm of single counts and what encode does after it.
     """
     random = np.random.default_rng(seed)
 
@@ -94,12 +97,22 @@ def graphs(n_genes: int = N_GENES, seed: int = 0, has_protein: bool = False) -> 
         [value("probabilities_cell_type", "n", len(CLASSES))],
         [weight("w", N_LATENT, len(CLASSES))],
     )
+    made = {"encode": encode, "decode": decode, "classify": classify}
+    if has_steps:
+        made["transform"] = (
+            [helper.make_node("Add", ["count", "one"], ["shifted"]), helper.make_node("Log", ["shifted"], ["value"])],
+            [value("count", "n")],
+            [value("value", "n")],
+            [one],
+        )
+        made["encode_values"] = (
+            [helper.make_node("Gemm", ["values", "w", "b"], ["latent"])],
+            [value("values", "n", n_genes)],
+            encode[2],
+            encode[3][1:],
+        )
     models = {}
-    for name, (nodes, inputs, outputs, initializers) in {
-        "encode": encode,
-        "decode": decode,
-        "classify": classify,
-    }.items():
+    for name, (nodes, inputs, outputs, initializers) in made.items():
         graph = helper.make_graph(nodes, name, inputs, outputs, initializers)
         model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=9)
         onnx.checker.check_model(model)
@@ -125,19 +138,23 @@ def parts(
     n_genes: int = N_GENES,
     seed: int = 0,
     has_protein: bool = False,
+    has_steps: bool = False,
     **changes: Any,
 ) -> tuple[dict[str, Any], dict[str, bytes]]:
     """The manifest as a plain document, and the contents of the files; `changes` replace members of the manifest."""
     table = gene_table(n_genes)
-    onnx_bytes = graphs(n_genes, seed, has_protein)
+    onnx_bytes = graphs(n_genes, seed, has_protein, has_steps)
     golden: dict[str, Any] = {"encode/counts": counts(9, n_genes, seed=1).toarray()}
     golden["encode/counts"][-1] = 0
+    if has_steps:
+        golden["transform/count"] = golden["encode/counts"].max(axis=1)
+        golden["encode_values/values"] = np.log1p(golden["encode/counts"])
     signature = {}
     for graph, content in onnx_bytes.items():
         session = ort.InferenceSession(content, providers=["CPUExecutionProvider"])
         if graph == "decode":
             golden |= {"decode/library": golden["encode/counts"].sum(axis=1), "decode/batch": np.arange(9) % 2}
-        if graph != "encode":
+        if graph in ("decode", "classify"):
             golden[f"{graph}/latent"] = golden["encode/latent"]
         inputs = {info.name: golden[f"{graph}/{info.name}"] for info in session.get_inputs()}
         for info, output in zip(session.get_outputs(), session.run(None, inputs), strict=True):

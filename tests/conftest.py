@@ -18,7 +18,9 @@ from service.api.state import State
 from service.api.uploads import Uploads
 from service.contract import artifact
 from service.contract.store import Store
+from service.inference.answer_cache import AnswerCache
 from service.inference.batcher import Batcher
+from service.inference.cached import CachedRuns
 from service.inference.model import Model, load
 from service.inference.models import Models
 from service.inference.session import Runtime
@@ -68,9 +70,12 @@ async def serving(store: Path, is_loaded: bool = True, **changes: Any) -> AsyncI
         changes.pop("parse_memory_bytes", 2**30),
         changes.pop("upload_directory", None),
     )
+    cache_bytes = changes.pop("cache_bytes", None)
     numbers = {"max_cells": 5_000, "max_decoded_bytes": 2**26, "timeout_seconds": 10.0, **changes}
     with ThreadPoolExecutor(2) as parsers:
         shadows = Shadows(models, batcher)
+        if cache_bytes is not None:
+            numbers["cached"] = CachedRuns(batcher, AnswerCache(cache_bytes), parsers)
         state = State(
             models=models, batcher=batcher, shadows=shadows, intake=intake, uploads=uploads, parsers=parsers, **numbers
         )

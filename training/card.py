@@ -71,6 +71,11 @@ def write(manifest: Manifest, run: Run) -> str:
         (name, f"{found.absolute:.2e}", f"{found.relative:.2e}", f"{found.tolerance:.2e}")
         for name, found in manifest.parity.outputs.items()
     ]
+    if manifest.graphs["encode"].precision == "int8":
+        sections.append(
+            "## Precision\n\nThe encoder's first layer is multiplied in 8 bits, so embeddings and labels differ from those of "
+            f"{run.config.name}; by how much is said below."
+        )
     sections.append(
         f"## Served against trained\n\nLargest differences between ONNX Runtime (float32) and torch (float64) over "
         f"{manifest.parity.n_cells} held-out cells.\n\n" + _table(("output", "absolute", "relative", "allowed"), rows)

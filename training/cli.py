@@ -22,6 +22,8 @@ from training.data import reference, registry
 from training.data.readers import pbmc3k
 from training.evaluation import command as evaluation
 from training.importers import command as importing
+from training.onnx_graph import Precision
+from training.quantise import NothingToQuantise
 from training.report import command as watching
 from training.report import report as reporting
 
@@ -37,6 +39,7 @@ USER_ERRORS = (
     *watching.USER_ERRORS,
     configuration.InvalidConfig,
     exporting.ArtifactTooLarge,
+    NothingToQuantise,
     fitting.DeviceUnavailable,
     fitting.LossNotFinite,
     loggers.LoggerUnavailable,
@@ -113,21 +116,26 @@ def export(
     version: Annotated[str | None, typer.Option("--version", help="Default: the next integer.")] = None,
     store: StorePath = Path("models_store"),
     alias: Annotated[str | None, typer.Option("--alias", help="Point this alias to it, for example default.")] = None,
+    precision: Annotated[
+        Precision,
+        typer.Option(help="Of the encoder's first layer. int8: another model, NAME-int8, faster and less exact."),
+    ] = "float32",
 ) -> None:
     """Write a run as a version that can be served, after comparing it with torch in float64."""
-    console.print(str(exporting.export(run.load(directory), store, version, alias)))
+    console.print(str(exporting.export(run.load(directory), store, version, alias, precision)))
 
 
 @app.command()
 def reproduce(config: ConfigPath, store: StorePath = Path("models_store"), settings: Settings = None) -> None:
-    """Train again and compare every graph, byte by byte, with the version that `default` means in the store."""
+    """Train again and compare, byte by byte, every graph of the version that `default` means in the store."""
     wanted = configuration.load(config, tuple(settings or ()))
     shipped = artifact.read_manifest(Store(store).path(Store(store).resolve(wanted.name)))
     with tempfile.TemporaryDirectory() as scratch:
         made = run.fit(wanted, Path(scratch) / "run")
         again = artifact.read_manifest(exporting.export(made, Path(scratch) / "store"))
     table = Table("graph", f"sha256 in {shipped.id}", "sha256 again", "same")
-    names = sorted({*shipped.graphs, *again.graphs})
+    # What an export writes today and did not write then says nothing about the version.
+    names = sorted(shipped.graphs)
     digests = [
         tuple(
             manifest.files[f"{name}.onnx"].sha256 if name in manifest.graphs else "-" for manifest in (shipped, again)

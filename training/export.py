@@ -9,7 +9,8 @@ from service.inference import model as serving
 from service.inference.session import Runtime
 from training import card
 from training.evaluation.annotation import score_within
-from training.manifest import build
+from training.manifest import build, variant_name
+from training.onnx_graph import Precision
 from training.run import Run
 
 MAX_BYTES = 15_000_000
@@ -20,7 +21,9 @@ class ArtifactTooLarge(Exception):
     """The files of a version are larger than is allowed."""
 
 
-def export(run: Run, root: Path, version: str | None = None, alias: str | None = None) -> Path:
+def export(
+    run: Run, root: Path, version: str | None = None, alias: str | None = None, precision: Precision = "float32"
+) -> Path:
     """Write a run into the store.
 
     Args:
@@ -28,21 +31,23 @@ def export(run: Run, root: Path, version: str | None = None, alias: str | None =
         root: the models_store.
         version: its name; None for the next integer.
         alias: to point to this version afterwards. The first version becomes `default` in any case.
+        precision: of the encoder's first layer. int8 gives another model, `<name>-int8`.
 
     Returns:
         The version directory.
 
     Raises:
         OutsideTolerance: ONNX Runtime and torch in float64 disagree on held-out cells.
+        NothingToQuantise: int8 is wanted of an encoder without a layer.
         ArtifactTooLarge: more than 15 MB.
         VersionExists: the version is there already.
     """
     store = Store(root)
-    name = run.config.name
+    name = variant_name(run, precision)
     version = version or next_version(store, name)
     with tempfile.TemporaryDirectory() as scratch:
         # Proved elsewhere first, so that a failure leaves nothing in the store.
-        manifest, contents = build(run, version)
+        manifest, contents = build(run, version, precision)
         staged = artifact.write(Path(scratch), manifest, contents)
         served = serving.load(artifact.read(staged), Runtime())
         metrics = score_within(run, served)

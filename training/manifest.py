@@ -24,41 +24,62 @@ from training.data.prepared import encode_cells
 from training.data.splits import TEST, VALIDATION
 from training.families.family import Imputed
 from training.gene_names import gene_table, has_ensembl_ids
-from training.onnx_graph import signature, to_onnx
+from training.onnx_graph import Precision, signature, to_onnx
 from training.parity import Arrays
+from training.quantise import quantise
 from training.run import Run
+from training.sparse_input import serving_graphs, with_values
 
 GENES, GOLDEN = "genes.tsv", "golden.npz"
+ENCODERS = frozenset({"encode", "encode_values"})
+N_RANGE = 2_048
+"""Training cells from which the range of what is rounded to 8 bits is taken."""
 
 
-def build(run: Run, version: str) -> tuple[Manifest, dict[str, bytes]]:
+def build(run: Run, version: str, precision: Precision = "float32") -> tuple[Manifest, dict[str, bytes]]:
     """Manifest and files of a run, compared with torch in float64 on held-out cells; the card is still empty.
 
+    Args:
+        run: a finished run.
+        version: of the artifact.
+        precision: of the encoder's first layer; other than float32 is another model, and has another name.
+
     Raises:
+        NothingToQuantise: the encoder has no layer to quantise.
         OutsideTolerance: they disagree.
     """
     torch.manual_seed(run.config.seed)
-    inputs = held_out_inputs(run, run.config.export.n_parity)
-    graphs = run.family.graphs()
+    inputs = with_values(run.family, held_out_inputs(run, run.config.export.n_parity))
+    graphs = serving_graphs(run.family)
     example = {name: torch.from_numpy(array[:2]) for name, array in inputs.items()}
     example["latent"] = torch.zeros(2, run.config.hyperparameters.n_latent)
     contents = {f"{name}.onnx": to_onnx(graph, example) for name, graph in graphs.items()}
-    signatures = {name: signature(contents[f"{name}.onnx"], f"{name}.onnx") for name in graphs}
+    if precision == "int8":
+        cells = run.prepared.train.counts
+        chosen = cells[np.unique(np.linspace(0, cells.shape[0] - 1, N_RANGE).astype(int))].toarray()
+        known = with_values(run.family, {"counts": chosen})
+        for name in ENCODERS & set(graphs):
+            given = {tensor: known[tensor] for tensor in graphs[name].inputs}
+            contents[f"{name}.onnx"] = quantise(contents[f"{name}.onnx"], given)
+    signatures = {
+        name: signature(contents[f"{name}.onnx"], f"{name}.onnx", precision if name in ENCODERS else "float32")
+        for name in graphs
+    }
     sessions = {name: Session(contents[graph.file], graph, Runtime(), graph.file) for name, graph in signatures.items()}
     input_names = {name: graph.inputs for name, graph in graphs.items()}
     differences = parity.compare(
-        parity.run_sessions(sessions, input_names, inputs), parity.run_torch(run.family, inputs)
+        parity.run_sessions(sessions, input_names, inputs), parity.run_torch(run.family, inputs), precision
     )
-    golden = parity.run_sessions(sessions, input_names, golden_inputs(run))
+    golden = parity.run_sessions(sessions, input_names, with_values(run.family, golden_inputs(run)))
     golden_tolerance = {
-        f"{name}/{tensor.name}": parity.tolerance(f"{name}/{tensor.name}", golden[f"{name}/{tensor.name}"])
+        f"{name}/{tensor.name}": parity.tolerance(f"{name}/{tensor.name}", golden[f"{name}/{tensor.name}"], precision)
         for name, graph in signatures.items()
         for tensor in graph.outputs
     }
     table = gene_table(run.family, run.prepared, run.config.species)
     contents |= {GENES: table.dump(), GOLDEN: archive.dump(golden), artifact.CARD: b""}
     manifest = Manifest(
-        name=run.config.name,
+        name=variant_name(run, precision),
         version=version,
         family=run.config.family,
         summary=run.config.summary,
@@ -82,6 +103,11 @@ def build(run: Run, version: str) -> tuple[Manifest, dict[str, bytes]]:
         files=artifact.describe(contents),
     )
     return manifest, contents
+
+
+def variant_name(run: Run, precision: Precision) -> str:
+    """The model's name; in another precision its answers are others, so that nobody shall get them under the same name."""
+    return run.config.name if precision == "float32" else f"{run.config.name}-{precision}"
 
 
 def batch_policy(run: Run) -> BatchPolicy:

@@ -3,7 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -51,11 +51,26 @@ def activate(activation: Activation, softplus_beta: float) -> nn.Module:
 
 
 class InputTransform(nn.Module, ABC):
-    """What the encoder sees of raw counts; it is part of the graph, so that raw counts go in."""
+    """What the encoder sees of raw counts; it is part of the graph, so that raw counts go in.
 
-    @abstractmethod
+    It has two steps: `value`, which knows one count and its cell's library and leaves zero at zero, so that it can be taken of the counts
+    that are not zero alone, and `finish`, which is taken of all genes.
+    """
+
+    costly_of: ClassVar[tuple[str, ...]] = ()
+    """What `value` depends on, "count" and perhaps "library", where it takes long enough to leave out the zeros; else empty."""
+
     def forward(self, counts: Tensor) -> Tensor:
         """Raw counts (n, n_genes) to the same shape."""
+        return self.finish(self.value(counts, counts.sum(dim=1, keepdim=True)))
+
+    @abstractmethod
+    def value(self, counts: Tensor, library: Tensor | None) -> Tensor:
+        """Counts of any shape, and the counts of their cells, to the same shape; 0 becomes 0."""
+
+    def finish(self, values: Tensor) -> Tensor:
+        """Values (n, n_genes) to what the first layer is given."""
+        return values
 
     @abstractmethod
     def expected_counts(self, values: Tensor, library: Tensor) -> Tensor:
@@ -64,6 +79,8 @@ class InputTransform(nn.Module, ABC):
 
 class LogNormalise(InputTransform):
     """ln(1 + counts per `target_sum`), if asked scaled per gene."""
+
+    costly_of = ("count", "library")
 
     def __init__(self, target_sum: float, mean: Tensor | None, std: Tensor | None, clip: float | None) -> None:
         """Prepare the transform.
@@ -79,10 +96,13 @@ class LogNormalise(InputTransform):
         self.register_buffer("mean", mean)
         self.register_buffer("std", std)
 
-    def forward(self, counts: Tensor) -> Tensor:
-        """Transform raw counts, shape (n, n_genes), to the same shape. A cell without counts becomes what zeros become."""
-        library = counts.sum(dim=1, keepdim=True).clamp(min=1.0)
-        values = torch.log(counts / library * self.target_sum + 1.0)
+    def value(self, counts: Tensor, library: Tensor | None) -> Tensor:
+        """ln(1 + counts per `target_sum`). A cell without counts becomes what zeros become."""
+        assert library is not None, "see `costly_of`"
+        return torch.log(counts / library.clamp(min=1.0) * self.target_sum + 1.0)
+
+    def finish(self, values: Tensor) -> Tensor:
+        """Scaled per gene and bounded, (n, n_genes)."""
         if self.mean is not None:
             values = values - self.mean
         if self.std is not None:
@@ -102,12 +122,14 @@ class LogNormalise(InputTransform):
 class LogCounts(InputTransform):
     """ln(1 + counts), without normalisation: depth stays in it."""
 
+    costly_of = ("count",)
+
     def __init__(self, clip: float | None) -> None:
         super().__init__()
         self.clip = clip
 
-    def forward(self, counts: Tensor) -> Tensor:
-        """Raw counts (n, n_genes) to the same shape, at most `clip`."""
+    def value(self, counts: Tensor, library: Tensor | None) -> Tensor:  # noqa: ARG002 - depth stays in it
+        """ln(1 + counts), at most `clip`."""
         values = torch.log(counts + 1.0)
         return values if self.clip is None else values.clamp(max=self.clip)
 
@@ -123,8 +145,8 @@ class RawCounts(InputTransform):
         super().__init__()
         self.clip = clip
 
-    def forward(self, counts: Tensor) -> Tensor:
-        """Raw counts (n, n_genes), at most `clip`."""
+    def value(self, counts: Tensor, library: Tensor | None) -> Tensor:  # noqa: ARG002 - depth stays in it
+        """Counts, at most `clip`."""
         return counts if self.clip is None else counts.clamp(max=self.clip)
 
     def expected_counts(self, values: Tensor, library: Tensor) -> Tensor:  # noqa: ARG002 - depth is in the values
@@ -135,8 +157,8 @@ class RawCounts(InputTransform):
 class Binarise(InputTransform):
     """Whether a gene has any count."""
 
-    def forward(self, counts: Tensor) -> Tensor:
-        """Raw counts (n, n_genes) to 0 and 1."""
+    def value(self, counts: Tensor, library: Tensor | None) -> Tensor:  # noqa: ARG002 - there is no depth
+        """Counts to 0 and 1."""
         return (counts > 0).to(counts)
 
     def expected_counts(self, values: Tensor, library: Tensor) -> Tensor:  # noqa: ARG002 - there is no depth

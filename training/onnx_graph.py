@@ -2,6 +2,7 @@
 
 import logging
 import warnings
+from typing import Literal
 
 import onnx
 import torch
@@ -15,6 +16,7 @@ OPSET = 18
 """ONNX operator set of all graphs. Stated here only; ONNX Runtime 1.14 and later run it."""
 
 PRODUCER = "cellserve"
+Precision = Literal["float32", "int8"]
 _DTYPES = {TensorProto.FLOAT: "float32", TensorProto.INT64: "int64"}
 
 
@@ -45,19 +47,20 @@ def to_onnx(graph: Graph, example: dict[str, torch.Tensor]) -> bytes:
             verbose=False,
         )
     model = program.model_proto
-    _strip(model)
+    strip(model)
     onnx.checker.check_model(model, full_check=True)
     # Deterministic, so that fields of map type come in one order.
     return model.SerializeToString(deterministic=True)
 
 
-def signature(content: bytes, file: str) -> Signature:
+def signature(content: bytes, file: str, precision: Precision = "float32") -> Signature:
     """The manifest's entry for an ONNX file."""
     graph = onnx.load_from_string(content).graph
     return Signature(
         file=file,
         inputs=tuple(_tensor(value) for value in graph.input),
         outputs=tuple(_tensor(value) for value in graph.output),
+        precision=precision,
     )
 
 
@@ -67,7 +70,7 @@ def _tensor(value: onnx.ValueInfoProto) -> Tensor:
     return Tensor(name=value.name, dtype=_DTYPES[kind.elem_type], shape=shape)
 
 
-def _strip(model: onnx.ModelProto) -> None:
+def strip(model: onnx.ModelProto) -> None:
     """Remove what the exporter says about itself: versions, source lines, the names of modules."""
     model.producer_name, model.producer_version, model.doc_string, model.domain = PRODUCER, "", "", ""
     del model.metadata_props[:]

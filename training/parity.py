@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Mapping
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -9,7 +10,8 @@ from numpy.typing import NDArray
 
 from service.contract.manifest import Difference
 from service.inference.session import Session
-from training.families.family import Family
+from training.onnx_graph import Precision
+from training.sparse_input import HasGraphs, serving_graphs, with_values
 
 Arrays = dict[str, NDArray[np.generic]]
 
@@ -19,6 +21,9 @@ ABSOLUTE = {"latent": 1e-4, "probabilities": 1e-5}
 RELATIVE = 1e-4
 """For all other outputs: largest absolute difference as a share of the output's largest value."""
 
+ABSOLUTE_INT8, RELATIVE_INT8 = {"probabilities": 0.1}, 0.1
+"""The same where the first layer is multiplied in 8 bits."""
+
 FLOOR = 1e-3
 """Relative differences are taken to at least this size: a tiny difference of a tiny value would look large."""
 
@@ -27,15 +32,15 @@ class OutsideTolerance(Exception):
     """An exported graph gives other numbers than the network that was trained."""
 
 
-def run_torch(family: Family, inputs: Mapping[str, NDArray[np.generic]]) -> Arrays:
+def run_torch(network: HasGraphs, inputs: Mapping[str, NDArray[np.generic]]) -> Arrays:
     """Every output of every graph in float64, keyed `<graph>/<tensor>`.
 
     Args:
-        family: fitted; it is copied, not changed.
+        network: fitted; it is copied, not changed.
         inputs: counts, library and batch of the cells; the latent is what encode gives.
     """
-    graphs = copy.deepcopy(family).double().eval().graphs()
-    tensors = {name: torch.from_numpy(np.asarray(array)) for name, array in inputs.items()}
+    graphs = serving_graphs(cast("Any", copy.deepcopy(network)).double().eval())
+    tensors = {name: torch.from_numpy(np.asarray(array)) for name, array in with_values(network, inputs).items()}
     tensors = {name: tensor.double() if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}
     outputs: Arrays = {}
     with torch.no_grad():
@@ -54,7 +59,7 @@ def run_sessions(sessions: Mapping[str, Session], graphs: Mapping[str, tuple[str
     Args:
         sessions: by graph, encode first.
         graphs: names of the inputs by graph.
-        inputs: counts, library and batch of the cells.
+        inputs: counts, library and batch of the cells, and what `with_values` adds.
     """
     known, result = dict(inputs), {}
     for name, session in sessions.items():
@@ -65,13 +70,14 @@ def run_sessions(sessions: Mapping[str, Session], graphs: Mapping[str, tuple[str
     return result
 
 
-def tolerance(output: str, values: NDArray[np.generic]) -> float:
+def tolerance(output: str, values: NDArray[np.generic], precision: Precision = "float32") -> float:
     """Largest absolute difference that is allowed for an output."""
     kind = output.rpartition("/")[2].split("_")[0]
-    return ABSOLUTE.get(kind) or RELATIVE * float(np.abs(values).max())
+    absolute, relative = (ABSOLUTE, RELATIVE) if precision == "float32" else (ABSOLUTE_INT8, RELATIVE_INT8)
+    return absolute.get(kind) or relative * float(np.abs(values).max())
 
 
-def compare(served: Arrays, trained: Arrays) -> dict[str, Difference]:
+def compare(served: Arrays, trained: Arrays, precision: Precision = "float32") -> dict[str, Difference]:
     """Largest differences by output, keyed `<graph>/<tensor>`.
 
     Raises:
@@ -81,7 +87,7 @@ def compare(served: Arrays, trained: Arrays) -> dict[str, Difference]:
     for name, values in trained.items():
         difference = np.abs(served[name].astype(np.float64) - values)
         sizes = np.abs(values)
-        allowed = tolerance(name, values)
+        allowed = tolerance(name, values, precision)
         largest = float(difference.max())
         # NaN must not pass as "not larger than".
         if not largest <= allowed:

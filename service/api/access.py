@@ -21,10 +21,11 @@ Endpoint = Callable[[Request], Awaitable[Response]]
 
 
 def route(path: str, endpoint: Endpoint, method: str) -> Route:
-    """A route that tells the middleware its template."""
+    """A route that tells the middleware its template, in which `:path` marks a parameter that may hold slashes."""
+    template = path.replace(":path}", "}")
 
     async def labelled(request: Request) -> Response:
-        request.scope[_TEMPLATE] = path
+        request.scope[_TEMPLATE] = template
         return await endpoint(request)
 
     return Route(path, labelled, methods=[method])

@@ -58,3 +58,8 @@ def _problem(app: State) -> str | None:
 async def scrape(request: Request) -> Response:  # noqa: ARG001 - an endpoint's signature
     """All metrics in Prometheus' text format."""
     return Response(metrics.exposition(), media_type=metrics.CONTENT_TYPE)
+
+
+async def request_progress(request: Request) -> Response:
+    """How far a long request is. Ids that no request can have are as unknown as those that none has."""
+    return JSONResponse(state(request).progress.of(request.path_params["request_id"]))

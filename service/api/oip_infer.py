@@ -12,6 +12,7 @@ from typing import Any
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
+from service.api.cache_header import cache_header
 from service.api.catalogue import model_of_path
 from service.api.disconnect import cancelled_on_disconnect
 from service.api.drift import observe_answers, observe_query
@@ -55,6 +56,8 @@ async def infer(request: Request) -> Response:
     app = state(request)
     if app.is_draining:
         raise ShuttingDown
+    if app.budgets is not None:
+        app.budgets.admit(request)
     deadline, header_length = read_deadline(request), _header_length(request)
     model = await model_of_path(request)
     started = time.perf_counter()
@@ -105,6 +108,7 @@ async def _answer(app: State, model: Model, sent: Sent, deadline: float) -> Resp
     headers = {
         "X-Cellserve-Model": model.id,
         "Server-Timing": ", ".join(f"{stage};dur={1000 * stage_seconds:.3f}" for stage, stage_seconds in spent.items()),
+        **cache_header(query.counts.shape[0], *timings),
     }
     if length is not None:
         headers[HEADER_LENGTH] = str(length)
@@ -229,7 +233,8 @@ async def _run(app: State, work: Work, query: Query, timing: Timing, deadline: f
     """The whole answer of one task."""
     parts: list[Columns] = []
     n_left = query.counts.shape[0]
-    async with contextlib.aclosing(app.batcher.run(work, query.counts, timing, deadline)) as chunks:  # type: ignore[type-var]
+    runs = app.progress.follow(work, n_left, app.run(work, query.counts, timing, deadline))
+    async with contextlib.aclosing(runs) as chunks:  # type: ignore[type-var]
         while n_left:
             left = max(0.0, deadline - time.monotonic()) if not parts else math.inf
             parts.append(await next_chunk(chunks, min(app.timeout_seconds, left)))

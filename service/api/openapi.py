@@ -13,6 +13,21 @@ from service.inference.task import Task
 
 VERSION = "1"
 _PROBLEM_REF = {"$ref": "#/components/schemas/Problem"}
+_PROGRESS = {
+    "type": "object",
+    "required": ["request_id", "model", "task", "state", "n_cells", "n_received", "n_answered", "seconds"],
+    "properties": {
+        "request_id": {"type": "string"},
+        "model": {"type": "string"},
+        "task": {"type": "string"},
+        "state": {"type": "string", "enum": ["running", "done", "failed"]},
+        "n_cells": {"type": ["integer", "null"], "description": "In all; null while a stream has not ended."},
+        "n_received": {"type": "integer"},
+        "n_answered": {"type": "integer"},
+        "seconds": {"type": "number", "description": "Since the request began, until now or its end."},
+        "cells_per_second": {"type": ["number", "null"]},
+    },
+}
 # What a GET can answer besides its content, and a POST besides that.
 _EVERYWHERE = (405, 500)
 _OF_MODELS = (404, 503)
@@ -37,6 +52,15 @@ def document() -> dict[str, Any]:
         "/v1/models/{name}/versions/{version}/genes": {"get": {**genes, "parameters": [name, version]}},
         "/v1/models/{name}/ready": {"get": ready},
         "/v1/models/{name}/versions/{version}/ready": {"get": {**ready, "parameters": [name, version]}},
+        "/v1/requests/{request_id}": {
+            "get": _get(
+                "How far a streamed or a long request is, while it is answered and for a minute after",
+                "operation",
+                _json(_PROGRESS),
+                [_path_parameter("request_id", "X-Request-ID of the request.")],
+                (404,),
+            )
+        },
         "/v1/admin/reload": {
             "post": _get(
                 "Follow the store now: needs the bearer token of CELLSERVE_ADMIN_TOKEN, and is 404 where there is none",
@@ -114,6 +138,10 @@ def _operation(task: Task) -> dict[str, Any]:
                     "X-Request-ID": {"schema": {"type": "string"}},
                     "X-Cellserve-Model": {"schema": {"type": "string"}},
                     "Server-Timing": {"schema": {"type": "string"}},
+                    "X-Cellserve-Cache": {
+                        "description": "Where the server has an answer cache: how many cells it knew, as `hits=120, misses=8`.",
+                        "schema": {"type": "string"},
+                    },
                 },
                 "content": {form.media_type: {"schema": _answer_schema(form.media_type)} for form in FORMATS.values()},
             },

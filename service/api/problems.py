@@ -24,6 +24,7 @@ STATUS: dict[type[errors.CellserveError], int] = {
     errors.RouteNotFound: 404,
     errors.ModelNotFound: 404,
     errors.TaskNotOffered: 404,
+    errors.RequestNotFound: 404,
     errors.MethodNotAllowed: 405,
     errors.NotAcceptable: 406,
     errors.BodyTimeout: 408,
@@ -42,6 +43,7 @@ STATUS: dict[type[errors.CellserveError], int] = {
     errors.QueueFull: 429,
     errors.DeadlineTooShort: 429,
     errors.TooManyBytes: 429,
+    errors.ClientBudgetSpent: 429,
     errors.CellserveError: 500,
     errors.AnswerNotWritten: 500,
     errors.InvalidArtifact: 500,
@@ -101,7 +103,7 @@ def form_at(path: str) -> Callable[[errors.CellserveError], Response]:
 
 def _headers(error: errors.CellserveError) -> dict[str, str]:
     headers = {}
-    if isinstance(error, errors.QueueFull | errors.TooManyBytes | errors.DeadlineTooShort):
+    if isinstance(error, errors.QueueFull | errors.TooManyBytes | errors.DeadlineTooShort | errors.ClientBudgetSpent):
         headers["Retry-After"] = str(error.retry_after_seconds)
     if isinstance(error, errors.NotAuthorised):
         headers["WWW-Authenticate"] = "Bearer"

@@ -31,6 +31,7 @@ def build_api(state: State) -> Starlette:
         *oip_routes(),
         route("/v1/models/{name}/ready", health.model_ready, "GET"),
         route("/v1/models/{name}/versions/{version}/ready", health.model_ready, "GET"),
+        route("/v1/requests/{request_id:path}", health.request_progress, "GET"),
         route("/v1/admin/reload", catalogue.reload, "POST"),
         route("/livez", health.livez, "GET"),
         route("/readyz", health.readyz, "GET"),

@@ -1,15 +1,22 @@
 """What endpoints share: built once in app.py, handed down through the application's state."""
 
+import math
+from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import cast
 
+import scipy.sparse as sp
 from starlette.requests import Request
 
+from service.api.client_budget import ClientBudgets
 from service.api.limits import Intake
 from service.api.oip_statistics import Statistics
+from service.api.progress import Progress
 from service.api.uploads import Uploads
-from service.inference.batcher import Batcher
+from service.cells.columns import Columns
+from service.inference.batcher import Batcher, Timing, Work
+from service.inference.cached import CachedRuns
 from service.inference.models import Models
 from service.inference.shadow import Shadows
 
@@ -32,12 +39,22 @@ class State:
     stall_seconds: float = 60.0
     """A chunk that runs longer than this is not going to end."""
 
+    cached: CachedRuns | None = None
+    budgets: ClientBudgets | None = None
+    progress: Progress = field(default_factory=Progress)
     admin_token: str | None = None
     is_draining: bool = False
     statistics: Statistics = field(default_factory=Statistics)
     """Of the requests of the Open Inference Protocol."""
     n_in_flight: int = 0
     """Requests being answered, other than probes."""
+
+    def run(
+        self, work: Work, counts: sp.csr_matrix, timing: Timing, deadline: float = math.inf
+    ) -> AsyncIterator[Columns]:
+        """As `Batcher.run`, at the cost of the client whose request this is, and from the cache where there is one."""
+        charge = self.budgets.charge_to_current() if self.budgets is not None else None
+        return (self.cached or self.batcher).run(work, counts, timing, deadline, charge)
 
 
 def state(request: Request) -> State:

@@ -13,6 +13,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from service.api import problems
+from service.api.progress import Watched
 from service.api.state import State
 from service.cells.columns import Columns, n_cells
 from service.cells.formats.arrow import ArrowWriter
@@ -53,6 +54,7 @@ async def streamed(
     run: Run,
     head: Callable[[Query], dict[str, object]],
     headers: dict[str, str],
+    watched: Watched,
 ) -> Response:
     """The answer to a streamed request; what is wrong with its first cells is an ordinary error.
 
@@ -63,8 +65,9 @@ async def streamed(
         run: from cells to their answers, chunk by chunk.
         head: what the answer says before its first cell.
         headers: of the answer.
+        watched: the request, for those who ask how far it is.
     """
-    answers = _answers(app, request, read, run, head)
+    answers = app.progress.until_end(watched, _answers(app, request, read, run, head))
     first = await anext(answers)
     return DuplexResponse(first, answers, "application/vnd.apache.arrow.stream", headers)
 

@@ -12,6 +12,7 @@ from starlette.responses import Response, StreamingResponse
 from service import metrics
 from service.api import request_id, streaming
 from service.api.access import Endpoint
+from service.api.cache_header import cache_header
 from service.api.disconnect import cancelled_on_disconnect
 from service.api.drift import observe_answers, observe_query
 from service.api.negotiation import answer_format, body_format
@@ -48,6 +49,8 @@ def endpoint(task: Task) -> Endpoint:
         app = state(request)
         if app.is_draining:
             raise ShuttingDown
+        if app.budgets is not None:
+            app.budgets.admit(request)
         deadline = read_deadline(request)
         # Everything that can be refused without the body is, before it is read.
         body_type = body_format(request.headers.get("content-type"))
@@ -156,20 +159,25 @@ async def _stream(app: State, request: Request, work: Work, body_type: Format, a
             )
     loop = asyncio.get_running_loop()
     seconds_of: dict[int, dict[str, float]] = {}
+    watched = app.progress.begin(work)
 
     async def read(piece: bytes) -> Query:
         query, seconds = await loop.run_in_executor(app.parsers, _read, app, work.model, body_type, piece)
         seconds_of[id(query)] = seconds
+        watched.n_received += query.counts.shape[0]
         return query
 
     async def run(query: Query) -> AsyncIterator[Columns]:
         timing = Timing()
-        chunks = app.batcher.run(work, query.counts, timing)
+        if app.budgets is not None and watched.n_answered:
+            await app.budgets.wait(app.timeout_seconds)
+        chunks = app.run(work, query.counts, timing)
         for_cells = query.counts.shape[0]
         while for_cells:
             columns = await next_chunk(chunks, app.timeout_seconds)
             observe_answers(work.model, columns)
             for_cells -= n_cells(columns)
+            watched.n_answered += n_cells(columns)
             yield columns
         measure(work, query.counts.shape[0], seconds_of.pop(id(query)), timing, 0.0)
         observe_query(work.model, query)
@@ -179,7 +187,7 @@ async def _stream(app: State, request: Request, work: Work, body_type: Format, a
         # How many cells will come is not known; what their values looked like, of the first of them only.
         return {**said, "counts": {**said["counts"], "n_cells": None, "n_empty": None}}
 
-    return await streaming.streamed(app, request, read, run, head, {"X-Cellserve-Model": work.model.id})
+    return await streaming.streamed(app, request, read, run, head, {"X-Cellserve-Model": work.model.id}, watched)
 
 
 async def _answer(
@@ -193,7 +201,7 @@ async def _answer(
 ) -> Response:
     """Compute the first chunk, so that what can go wrong has gone wrong before the status is sent; stream the rest."""
     timing = Timing()
-    chunks = app.batcher.run(work, query.counts, timing, deadline)
+    chunks = app.progress.follow(work, query.counts.shape[0], app.run(work, query.counts, timing, deadline))
     first = await next_chunk(chunks, min(app.timeout_seconds, max(0.0, deadline - time.monotonic())))
     answered(first)
     is_whole = n_cells(first) == query.counts.shape[0]
@@ -202,6 +210,7 @@ async def _answer(
         "X-Cellserve-Model": work.model.id,
         # A streamed answer's times are those until its first chunk.
         "Server-Timing": ", ".join(f"{stage};dur={1000 * spent:.3f}" for stage, spent in until_now.items()),
+        **cache_header(query.counts.shape[0], timing),
     }
     pieces = _pieces(app, work, query, answer_type.writer(), seconds, timing, first, chunks)
     if answer_type.is_file:

@@ -58,6 +58,16 @@ def concatenate(parts: Sequence[Columns]) -> Columns:
     return {name: _replaced(column, [_array(part[name]) for part in parts]) for name, column in parts[0].items()}
 
 
+def arrays(columns: Columns) -> dict[str, NDArray[Any]]:
+    """What each column holds per cell."""
+    return {name: _array(column) for name, column in columns.items()}
+
+
+def with_arrays(columns: Columns, values: Mapping[str, NDArray[Any]]) -> Columns:
+    """Columns of the same names and kinds that hold other cells."""
+    return {name: _replaced(column, [values[name]]) for name, column in columns.items()}
+
+
 def _array(column: Column) -> NDArray[Any]:
     return column.codes if isinstance(column, Labels) else column.values
 

@@ -199,11 +199,12 @@ def align(counts: sp.csr_matrix, positions: NDArray[np.int32], n_genes: int, is_
         is_exact: no cell has 2**24 counts or more, so that sums of its counts are exact in float32 in any order.
 
     Returns:
-        Counts float32 of shape (n_cells, n_genes). The order in which genes were sent leaves no trace in sums over them: where float32 is not
-        known to be exact, columns are added up in float64 and the form is canonical (indices sorted within a cell, none twice). Otherwise
-        indices stand as they were sent, and what the model does not use is a zero of its first gene: nothing is sorted, nothing moved.
+        Counts float32 of shape (n_cells, n_genes), in which a cell has no more than one entry of a gene that is not zero. The order in
+        which genes were sent leaves no trace in sums over them: where nothing has to be added up, indices stand as they were sent, and what
+        the model does not use is a zero of its first gene, so that nothing is sorted and nothing moved. Else columns are added up in
+        float64 and indices are sorted.
     """
-    if is_exact:
+    if is_exact and _is_injective(positions) and _is_ascending(counts):
         data = counts.data.astype(np.float32)
         if len(positions) and positions.min() < 0:
             data *= (positions >= 0).astype(np.float32)[counts.indices]
@@ -217,12 +218,42 @@ def align(counts: sp.csr_matrix, positions: NDArray[np.int32], n_genes: int, is_
     return aligned.astype(np.float32)
 
 
+def _is_injective(positions: NDArray[np.int32]) -> bool:
+    """Whether no two genes that were sent are one gene of the model."""
+    used = positions[positions >= 0]
+    return len(used) == 0 or bool(np.bincount(used).max() <= 1)
+
+
+def _is_ascending(counts: sp.csr_matrix) -> bool:
+    """Whether each cell names its genes in rising order, as nearly all clients do: then none is named twice."""
+    if len(counts.indices) < 2:
+        return True
+    rises = counts.indices[1:] > counts.indices[:-1]
+    starts = counts.indptr[1:-1]
+    rises[starts[(starts > 0) & (starts < len(counts.indices))] - 1] = True
+    return bool(rises.all())
+
+
+def library_size(counts: sp.csr_matrix) -> NDArray[np.float32]:
+    """Counts of each cell, (n_cells,), added up in float64 so that no order shows."""
+    return np.asarray(counts.sum(axis=1, dtype=np.float64)).ravel().astype(np.float32)
+
+
 def densify(counts: sp.csr_matrix, rows: slice, out: NDArray[np.float32]) -> NDArray[np.float32]:
     """Fill `out`, shape (at least as many rows, n_genes), with some rows of `counts` and zeros below; what occurs twice is summed."""
+    first, last = counts.indptr[rows.start], counts.indptr[rows.stop]
+    return scatter(counts.data[first:last], counts, rows, out)
+
+
+def scatter(
+    entries: NDArray[np.float32], counts: sp.csr_matrix, rows: slice, out: NDArray[np.float32]
+) -> NDArray[np.float32]:
+    """As `densify`, with other `entries` in the places of the counts of these rows."""
     out.fill(0.0)
     # What `toarray` calls, on a view of the rows: slicing first would copy them.
     indptr = counts.indptr[rows.start : rows.stop + 1]
-    _sparsetools.csr_todense(len(indptr) - 1, counts.shape[1], indptr, counts.indices, counts.data, out)
+    indices = counts.indices[indptr[0] : indptr[-1]]
+    _sparsetools.csr_todense(len(indptr) - 1, counts.shape[1], indptr - indptr[0], indices, entries, out)
     return out
 
 

@@ -47,6 +47,8 @@ class Graph(Strict):
     file: FileName
     inputs: tuple[Tensor, ...]
     outputs: tuple[Tensor, ...]
+    precision: Literal["float32", "int8"] = "float32"
+    """In which numbers its largest product is multiplied. Inputs and outputs are what their dtype says."""
 
 
 class Genes(Strict):
@@ -203,7 +205,9 @@ class Manifest(Strict):
     licence: str
     n_latent: Annotated[int, Field(gt=0)]
     genes: Genes
-    graphs: dict[Literal["encode", "decode", "classify", "explain", "project"], Graph]
+    graphs: dict[Literal["encode", "decode", "classify", "explain", "project", "transform", "encode_values"], Graph]
+    """`transform` and `encode_values` are `encode` in two steps, the first of single counts: 0 becomes 0, so that it is run for the counts
+    that are not zero, and `encode_values` on the matrix of what they become."""
     batch: BatchPolicy
     labels: tuple[LabelLevel, ...] = ()
     """The first level is what `predicted_labels` answers."""
@@ -232,6 +236,8 @@ class Manifest(Strict):
             raise ValueError(f"golden.tolerance must name every output and nothing else; it differs in {unlike[0]}")
         if "encode" not in self.graphs:
             raise ValueError("graphs lacks 'encode'")
+        if {"transform", "encode_values"} & set(self.graphs):
+            self._check_steps()
         for key in ("encoder_batch", "decode_default"):
             name = getattr(self.batch, key)
             if name is not None and name not in ("average", *self.batch.names):
@@ -251,6 +257,19 @@ class Manifest(Strict):
                     f"classify has no output probabilities_{level.name} of shape [n, {len(level.classes)}]"
                 )
         return self
+
+    def _check_steps(self) -> None:
+        """Whether `transform` and `encode_values` fit together and can stand for `encode`."""
+        if not {"transform", "encode_values"} <= set(self.graphs):
+            raise ValueError("graphs has one of 'transform' and 'encode_values', and not the other")
+        first, second = self.graphs["transform"], self.graphs["encode_values"]
+        shapes = {tensor.name: tensor.shape for tensor in (*first.inputs, *first.outputs)}
+        if not {"count", "value"} <= set(shapes) <= {"count", "library", "value"} or set(shapes.values()) != {("n",)}:
+            raise ValueError("transform must take count [n], perhaps library [n], and give value [n]")
+        if [(tensor.name, tensor.shape) for tensor in second.inputs] != [("values", ("n", self.genes.n_genes))]:
+            raise ValueError(f"encode_values must take values [n, {self.genes.n_genes}]")
+        if second.outputs != self.graphs["encode"].outputs:
+            raise ValueError("encode_values must give what encode gives")
 
     @property
     def id(self) -> str:

@@ -9,7 +9,7 @@ import contextlib
 import math
 import time
 from collections import defaultdict, deque
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
@@ -67,6 +67,8 @@ class Ticket:
     has_result: asyncio.Event = field(default_factory=asyncio.Event)
     wait_seconds: float = 0.0
     compute_seconds: float = 0.0
+    charge: Callable[[float], None] | None = None
+    """Told the seconds that its own rows have cost, chunk by chunk, also where its client has left meanwhile."""
 
     @property
     def n_left(self) -> int:
@@ -85,6 +87,8 @@ class Timing:
 
     queue_seconds: float = 0.0
     compute_seconds: float = 0.0
+    n_hits: int | None = None
+    """Cells that the answer cache knew; None where there is no cache."""
 
 
 @dataclass
@@ -138,7 +142,12 @@ class Batcher:
         self._executor.shutdown(wait=True)
 
     async def run(
-        self, work: Work, counts: sp.csr_matrix, timing: Timing | None = None, deadline: float = math.inf
+        self,
+        work: Work,
+        counts: sp.csr_matrix,
+        timing: Timing | None = None,
+        deadline: float = math.inf,
+        charge: Callable[[float], None] | None = None,
     ) -> AsyncIterator[Columns]:
         """Queue cells and give their answer chunk by chunk, in order. Leaving the iteration takes the rest out of the queue.
 
@@ -147,6 +156,7 @@ class Batcher:
             counts: aligned to the model's genes, at least one row.
             timing: filled with where the time went.
             deadline: on the clock of `time.monotonic`; work that cannot be done by then is not begun.
+            charge: told the seconds of computing that these cells cost: of each chunk their share by rows.
 
         Raises:
             QueueFull: more rows would wait than are allowed. Nothing was queued.
@@ -171,7 +181,7 @@ class Batcher:
                 left_seconds=max(0.0, deadline - now),
                 retry_after_seconds=self.retry_after_seconds(),
             )
-        ticket = Ticket(work=work, counts=counts, admitted=now, deadline=deadline)
+        ticket = Ticket(work=work, counts=counts, admitted=now, deadline=deadline, charge=charge)
         self._change_queue(n_rows)
         self._tickets.add(ticket)
         self._enqueue(ticket)
@@ -270,6 +280,8 @@ class Batcher:
             position = 0
             for ticket, start, stop in pieces:
                 ticket.compute_seconds += seconds
+                if ticket.charge is not None:
+                    ticket.charge(seconds * (stop - start) / n_rows)
                 _deliver(ticket, take(columns, position, position + stop - start))
                 position += stop - start
 

@@ -8,7 +8,7 @@ import scipy.sparse as sp
 from numpy.typing import NDArray
 
 from service.cells.counts import Cells, CountsReport, check_raw, csr
-from service.cells.genes import align
+from service.cells.genes import align, library_size
 from service.errors import InvalidCells
 from service.inference.model import Model
 from service.inference.query import Query
@@ -52,7 +52,7 @@ class Gathered:
         self._reports.append(check_raw(cells, self._n_cells))
         # Not known to be exact: columns are added in float64 then, which are the same numbers, and only genes of the model stay.
         aligned = align(counts, self._positions, self._model.manifest.genes.n_genes)
-        self._libraries.append(np.asarray(aligned.sum(axis=1, dtype=np.float32)).ravel())
+        self._libraries.append(library_size(aligned))
         self._lengths.append(np.diff(aligned.indptr).astype(np.int64))
         for file, array in zip(self._files, (aligned.data, aligned.indices), strict=True):
             file.write(np.ascontiguousarray(array).data)

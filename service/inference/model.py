@@ -7,10 +7,10 @@ import numpy as np
 import scipy.sparse as sp
 from numpy.typing import NDArray
 
-from service.cells.genes import GeneIndex, densify
+from service.cells.genes import GeneIndex, densify, library_size, scatter
 from service.contract.artifact import Artifact
 from service.contract.manifest import Manifest
-from service.errors import GoldenMismatch
+from service.errors import GoldenMismatch, InvalidArtifact
 from service.inference.session import Runtime, Session
 
 
@@ -40,7 +40,26 @@ class Model:
         """
         if not counts.shape[0]:
             return np.zeros((0, self.manifest.n_latent), dtype=np.float32)
-        return self._run_counts("encode", counts)["latent"]
+        return (
+            self._encode_values(counts)
+            if "encode_values" in self.sessions
+            else self._run_counts("encode", counts)["latent"]
+        )
+
+    def _encode_values(self, counts: sp.csr_matrix) -> NDArray[np.float32]:
+        """The latent in two steps: what each count that is not zero becomes, and the network on the matrix of that."""
+        takes_library = len(self.manifest.graphs["transform"].inputs) > 1
+        library = library_size(counts) if takes_library else None
+
+        def dense(rows: slice, n_rows: int) -> dict[str, NDArray[np.float32]]:
+            ends = counts.indptr[rows.start : rows.stop + 1]
+            given = {"count": counts.data[ends[0] : ends[-1]]}
+            if library is not None:
+                given["library"] = np.repeat(library[rows], np.diff(ends))
+            values = self.sessions["transform"].run_flat(given)
+            return {"values": scatter(values, counts, rows, _buffers.take(n_rows, counts.shape[1]))}
+
+        return self.sessions["encode_values"].run_rows(counts.shape[0], dense)["latent"]
 
     def _run_counts(self, graph: str, counts: sp.csr_matrix) -> dict[str, NDArray[np.float32]]:
         """Outputs of a graph that takes counts."""
@@ -130,24 +149,38 @@ def load(artifact: Artifact, runtime: Runtime, is_quiet: bool = False) -> Model:
     """
     manifest = artifact.manifest
     golden = artifact.golden()
-    sessions = {}
+    sessions: dict[str, Session] = {}
+
+    def prove(key: str, values: NDArray[np.float32]) -> None:
+        # NaN compares as unequal to everything, so it must not pass as "not larger than".
+        difference = float(np.abs(values.astype(np.float64) - golden[key]).max())
+        tolerance = manifest.golden.tolerance[key]
+        if not difference <= tolerance:
+            raise GoldenMismatch(model=manifest.id, output=key, difference=difference, tolerance=tolerance)
+
     for name, graph in manifest.graphs.items():
         session = Session(artifact.graph(name), graph, runtime, str(artifact.path / graph.file))
         cells = {tensor.name: golden[f"{name}/{tensor.name}"] for tensor in graph.inputs}
         outputs = session.prove_shapes(cells, is_quiet)
         for tensor, values in outputs.items():
-            key = f"{name}/{tensor}"
-            # NaN compares as unequal to everything, so it must not pass as "not larger than".
-            difference = float(np.abs(values.astype(np.float64) - golden[key]).max())
-            if not difference <= manifest.golden.tolerance[key]:
-                raise GoldenMismatch(
-                    model=manifest.id, output=key, difference=difference, tolerance=manifest.golden.tolerance[key]
-                )
+            prove(f"{name}/{tensor}", values)
         sessions[str(name)] = session
-    return Model(
+    model = Model(
         manifest=manifest,
         genes=GeneIndex(artifact.genes, manifest.id, manifest.genes.min_gene_overlap, manifest.genes.species),
         sessions=sessions,
         runtime=runtime,
         card=artifact.card,
     )
+    if "transform" in sessions:
+        zero = sessions["transform"].run_flat(
+            {tensor.name: np.zeros(1, np.float32) for tensor in manifest.graphs["transform"].inputs}
+        )
+        if zero[0]:
+            raise InvalidArtifact(
+                path=str(artifact.path / manifest.graphs["transform"].file), problem=f"makes {zero[0]} of 0, not 0"
+            )
+    # The way that requests go, which for an encoder in two steps is no graph of its own.
+    counts = sp.csr_matrix(golden["encode/counts"])
+    prove("encode/latent", model.encode(counts))
+    return model

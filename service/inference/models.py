@@ -6,6 +6,7 @@ in one assignment; a request keeps the model that it began with. What cannot be 
 
 import asyncio
 import contextlib
+import gc
 import hashlib
 import logging
 import threading
@@ -86,6 +87,9 @@ class Models:
 
         def work() -> None:
             self.load_all()
+            # A hundred thousand objects live from here on for as long as the process; to look through them for garbage would stop
+            # all requests for as long as tens of them take.
+            gc.freeze()
             while poll_seconds is not None and not self._is_stopping.wait(poll_seconds):
                 self.refresh()
 

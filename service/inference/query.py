@@ -8,7 +8,7 @@ import scipy.sparse as sp
 from numpy.typing import NDArray
 
 from service.cells.counts import MAX_EXACT, Cells, CountsReport, check_raw
-from service.cells.genes import AlignmentReport, align
+from service.cells.genes import AlignmentReport, align, library_size
 from service.inference.model import Model
 from service.inference.task import Options, Task
 
@@ -52,7 +52,7 @@ def prepare(model: Model, cells: Cells) -> Query:
     counts = align(cells.counts, positions, model.manifest.genes.n_genes, is_exact)
     return Query(
         counts=counts,
-        library_size=np.asarray(counts.sum(axis=1, dtype=np.float32)).ravel(),
+        library_size=library_size(counts),
         cell_ids=cells.cell_ids,
         genes_report=genes_report,
         counts_report=counts_report,

@@ -103,6 +103,15 @@ def test_over_http(url: str, adata: ad.AnnData, cells_per_request: int, tmp_path
     assert sorted(again.uns["cellserve"]) == ["annotate", "embed", "reconstruct"]
 
 
+def test_progress_of_a_data_set(url: str, adata: ad.AnnData) -> None:
+    """After each piece the caller is told how many cells are answered, and of how many."""
+    told: list[tuple[int, int | None]] = []
+    with Client(url, cells_per_request=4) as client:
+        client.annotate(adata, on_progress=lambda *numbers: told.append(numbers))
+
+    assert told == [(4, 6), (6, 6)]
+
+
 def test_counts_that_do_not_fit_16_bits(url: str, adata: ad.AnnData) -> None:
     """Large counts and counts kept as floats or integers are sent as what they are, and answered the same."""
     adata.layers["counts"] = sp.csr_matrix(COUNTS.toarray() * 70_000)

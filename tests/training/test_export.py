@@ -14,11 +14,14 @@ from service.contract.store import Store
 from service.errors import VersionExists
 from service.inference import model as serving
 from service.inference.session import Runtime
+from tests.training.families.test_families import build
 from tests.training.tiny import tiny_config
 from training import export as exporting
 from training import parity, run
 from training.manifest import golden_inputs
 from training.onnx_graph import OPSET
+from training.quantise import NothingToQuantise, quantise
+from training.sparse_input import serving_graphs
 
 FamilyRun = tuple[run.Run, Path]
 
@@ -59,7 +62,7 @@ def test_training_twice_gives_the_same_bytes(family_run: FamilyRun, exported: Pa
     again = run.fit(family_run[0].config, tmp_path / "run", show_progress=False)
     path = exporting.export(again, tmp_path / "store")
     names = [file.name for file in exported.iterdir() if file.suffix in (".onnx", ".npz", ".tsv")]
-    assert len(names) == 5
+    assert {"encode.onnx", "decode.onnx", "classify.onnx", "genes.tsv", "golden.npz"} <= set(names)
     assert [(path / name).read_bytes() for name in names] == [(exported / name).read_bytes() for name in names]
 
 
@@ -162,3 +165,41 @@ def test_torch_reference_is_float64(family_run: FamilyRun) -> None:
     inputs = golden_inputs(made)
     assert all(array.dtype == np.float64 for array in parity.run_torch(made.family, inputs).values())
     assert all(parameter.dtype == torch.float32 for parameter in made.family.parameters())
+
+
+def test_an_encoder_that_takes_logarithms_is_served_in_two_steps(family_run: FamilyRun, exported: Path) -> None:
+    """All families here do; the steps are proved when a model is loaded."""
+    assert {"transform", "encode_values"} <= set(artifact.read_manifest(exported).graphs)
+
+
+def test_an_encoder_that_sees_the_library_is_not_cut() -> None:
+    """What it sees behind the transform would be lost."""
+    atlas = build("atlas_vae", encode_library=True)
+    assert "encode_values" not in serving_graphs(atlas)
+    assert "encode_values" in serving_graphs(build("atlas_vae"))
+
+
+def test_int8_is_another_model(family_run: FamilyRun, exported: Path, tmp_path: Path) -> None:
+    """Its name says so, its answers are near those in float32 and not the same, and a cell has one answer in any company."""
+    path = exporting.export(family_run[0], tmp_path, precision="int8")
+    model, exact = (serving.load(artifact.read(found), Runtime()) for found in (path, exported))
+    cells = family_run[0].test_cells.X
+    latent, expected = model.encode(cells), exact.encode(cells)
+
+    assert model.id == "tiny-int8@1"
+    assert {name: graph.precision for name, graph in model.manifest.graphs.items()} == {
+        name: "int8" if name.startswith("encode") else "float32" for name in exact.manifest.graphs
+    }
+    assert not np.array_equal(latent, expected)
+    assert np.abs(latent - expected).max() <= model.manifest.parity.outputs["encode/latent"].tolerance
+    assert np.corrcoef(latent.ravel(), expected.ravel())[0, 1] > 0.99
+    alone = np.concatenate([model.encode(cells[cell : cell + 1]) for cell in range(cells.shape[0])])
+    assert alone.tobytes() == latent.tobytes()
+    assert "in 8 bits" in (path / "README.md").read_text()
+    assert (path / "encode.onnx").stat().st_size < (exported / "encode.onnx").stat().st_size
+
+
+def test_nothing_to_quantise(exported: Path) -> None:
+    """A graph without weights is refused by name of the reason."""
+    with pytest.raises(NothingToQuantise, match="no matrix of weights"):
+        quantise((exported / "transform.onnx").read_bytes(), {"count": np.ones(8, np.float32)})

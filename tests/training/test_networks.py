@@ -2,10 +2,11 @@
 
 import anndata as ad
 import numpy as np
+import pytest
 import scanpy as sc
 import torch
 
-from training.networks import LogNormalise, class_weights
+from training.networks import Binarise, InputTransform, LogCounts, LogNormalise, RawCounts, class_weights
 
 
 def counts() -> torch.Tensor:
@@ -29,6 +30,27 @@ def test_expected_counts_undo_the_transform() -> None:
         transform = LogNormalise(1e4, *scaling, None)
         found = transform.expected_counts(transform(counts()), counts().sum(dim=1))
         torch.testing.assert_close(found, counts(), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "transform",
+    [
+        LogNormalise(1e4, torch.linspace(0, 2, 20), torch.linspace(0.2, 1, 20), 3.0),
+        LogCounts(2.0),
+        RawCounts(3.0),
+        Binarise(),
+    ],
+    ids=lambda transform: type(transform).__name__,
+)
+def test_a_transform_has_two_steps(transform: InputTransform) -> None:
+    """The first leaves zero at zero and looks at one count and its library; both together are the transform."""
+    found = counts() * (torch.rand((8, 20), generator=torch.Generator().manual_seed(1)) < 0.3)
+    library = found.sum(dim=1, keepdim=True)
+    values = transform.value(found, library)
+
+    assert (values[found == 0] == 0).all()
+    assert transform.value(found[3, 4:9], library[3].expand(5)).equal(values[3, 4:9])
+    assert transform.finish(values).equal(transform(found))
 
 
 def test_clip_bounds_the_transform() -> None:

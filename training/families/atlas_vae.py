@@ -117,6 +117,7 @@ class AtlasVAE(ObservingFamily):
             self.encoder = TabNet(dimensions.n_genes, hp.hidden[-1], hp.tabnet_steps, hp.tabnet_gamma, hp.dropout)
         else:
             self.encoder = hidden_layers(hp, [dimensions.n_genes, *hp.hidden], hp.dropout)
+        self.encodes_library = hp.encode_library
         n_features = hp.hidden[-1] + int(hp.encode_library)
         self.to_mean = nn.Linear(n_features, hp.n_latent)
         self.to_log_variance = nn.Linear(n_features, hp.n_latent)

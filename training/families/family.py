@@ -173,6 +173,9 @@ class Family(nn.Module, ABC):
     average_batch: int | None = None
     """Index with which `decode` takes the average batch itself; None where expressions are averaged instead."""
 
+    encodes_library: bool = False
+    """Whether the encoder is given a cell's library beside its transformed counts."""
+
     is_frozen: bool = False
     """Whether only the codes of new batches are fitted (see start.py)."""
 

@@ -30,6 +30,7 @@ from training.importers.scvi_network import AVERAGE, BatchChoice, ScviNetwork
 from training.onnx_graph import signature, to_onnx
 from training.parity import Arrays
 from training.run import describe_environment
+from training.sparse_input import serving_graphs, with_values
 
 GENES, GOLDEN = "genes.tsv", "golden.npz"
 N_CELLS, N_GOLDEN = 256, 16
@@ -242,7 +243,8 @@ def build(
     Raises:
         OutsideTolerance: they disagree.
     """
-    graphs = network.graphs()
+    inputs = with_values(network, inputs)
+    graphs = serving_graphs(network)
     example = {name: torch.from_numpy(array[:2]) for name, array in inputs.items()}
     example["latent"] = torch.zeros(2, network.n_latent)
     contents = {f"{name}.onnx": to_onnx(graph, example) for name, graph in graphs.items()}

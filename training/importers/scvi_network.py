@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from training.families.family import Decode, Encode, Graph
 from training.importers.scvi_file import SavedScvi, UnsupportedOption
+from training.networks import InputTransform, LogCounts, RawCounts
 
 AVERAGE = "average"
 BATCH_NORM_EPSILON = 1e-3
@@ -54,6 +55,8 @@ class Layer(nn.Module):
 class ScviNetwork(nn.Module):
     """Encoder, decoder and, for SCANVI, classifier on raw counts."""
 
+    encodes_library = False
+
     def __init__(self, saved: SavedScvi, choice: BatchChoice, level: str) -> None:
         """Build the networks.
 
@@ -68,7 +71,7 @@ class ScviNetwork(nn.Module):
         super().__init__()
         self._saved, self._choice, self._level = saved, choice, level
         options = saved.options
-        self.log_variational = options["log_variational"]
+        self.transform: InputTransform = LogCounts(None) if options["log_variational"] else RawCounts(None)
         is_encoded = options["encode_covariates"]
         self.encoder = nn.ModuleList(
             self._layers("z_encoder.encoder", len(saved.genes), "encoder", is_encoded, fixed=True)
@@ -97,7 +100,7 @@ class ScviNetwork(nn.Module):
 
     def encode(self, counts: Tensor) -> Tensor:
         """Raw counts (n, n_genes) to the posterior's mean (n, n_latent)."""
-        values = torch.log(counts + 1.0) if self.log_variational else counts
+        values = self.transform(counts)
         for layer in self.encoder:
             values = layer(values)
         return self.to_mean(values)

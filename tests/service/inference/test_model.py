@@ -1,16 +1,23 @@
 """Loading: golden cells, and the arithmetic that tasks share."""
 
+import io
+import itertools
 from pathlib import Path
 
 import numpy as np
+import onnx
 import onnxruntime as ort
 import pytest
+import scipy.sparse as sp
+from onnx import numpy_helper
 
+from service.cells.counts import Cells, csr
 from service.contract import artifact
 from service.contract.store import Store
-from service.errors import GoldenMismatch, ModelNotFound, ModelNotReady
+from service.errors import GoldenMismatch, InvalidArtifact, ModelNotFound, ModelNotReady
 from service.inference.model import Model, load
 from service.inference.models import Models
+from service.inference.query import prepare
 from service.inference.session import Runtime
 from tests.builders import N_GENES, counts, graphs, parts, write_artifact
 
@@ -44,10 +51,107 @@ def test_classify(tiny: Model) -> None:
     np.testing.assert_allclose(tiny.classify(counts(4))["cell_type"], expected, atol=1e-7)
 
 
+@pytest.fixture
+def stepped(tmp_path: Path) -> Model:
+    """The tiny model with an encoder in two steps."""
+    return load(artifact.read(write_artifact(tmp_path, has_steps=True)), Runtime(n_threads=2))
+
+
+def test_encode_in_two_steps(tiny: Model, stepped: Model) -> None:
+    """The steps give what the whole gives, and a cell the same bits in any company; zeros that are stored, and no count at all, too."""
+    sparse = counts(300)
+    sparse.data[:7] = 0
+    sparse = sp.vstack([sparse, sp.csr_matrix((1, N_GENES), dtype=np.float32)], format="csr")
+    together = stepped.encode(sparse)
+
+    np.testing.assert_allclose(together, tiny.encode(sparse), atol=1e-6)
+    alone = np.concatenate([stepped.encode(sparse[cell : cell + 1]) for cell in range(sparse.shape[0])])
+    assert alone.tobytes() == together.tobytes()
+    assert stepped.encode(sparse[::-1])[::-1].tobytes() == together.tobytes()
+    assert stepped.encode(sparse[:0]).shape == (0, 5)
+
+
+def test_genes_in_any_order_in_two_steps(stepped: Model) -> None:
+    """Genes that come unordered, twice in one cell or as two columns of one gene give the bits of their sums."""
+    whole = counts(20)
+    names = stepped.genes.table.gene_symbol
+    expected = stepped.encode(prepare(stepped, Cells(names, whole)).counts)
+    halves = whole.copy()
+    halves.data = np.floor(halves.data / 2)
+    rest = whole - halves
+    order = np.random.default_rng(0).permutation(N_GENES)
+    twice = csr(
+        np.concatenate([np.r_[halves[i].data, rest[i].data] for i in range(20)]),
+        np.concatenate([np.r_[halves[i].indices, rest[i].indices] for i in range(20)]),
+        halves.indptr + rest.indptr,
+        N_GENES,
+    )
+    sent = {
+        "another order": Cells(tuple(names[gene] for gene in order), csr_of(whole[:, order])),
+        "unsorted": Cells(names, csr(*backwards(whole), N_GENES)),
+        "twice in a cell": Cells(names, twice),
+        "two columns": Cells((*names, *names), csr_of(sp.hstack([halves, rest]))),
+    }
+    for what, cells in sent.items():
+        assert stepped.encode(prepare(stepped, cells).counts).tobytes() == expected.tobytes(), what
+
+
+def csr_of(matrix: sp.spmatrix) -> sp.csr_matrix:
+    return sp.csr_matrix(matrix)
+
+
+def backwards(matrix: sp.csr_matrix) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """data, indices and indptr with each cell's genes in falling order."""
+    rows = [slice(start, stop) for start, stop in itertools.pairwise(matrix.indptr)]
+    return (
+        np.concatenate([matrix.data[row][::-1] for row in rows]),
+        np.concatenate([matrix.indices[row][::-1] for row in rows]),
+        matrix.indptr,
+    )
+
+
+def test_steps_that_are_not_the_encoder(tmp_path: Path) -> None:
+    """Two steps that give something else than the whole refuse the version."""
+    document, contents = parts(has_steps=True)
+    other = parts(has_steps=True, seed=5)[1]
+    arrays = dict(np.load(io.BytesIO(contents["golden.npz"])))
+    session = ort.InferenceSession(other["encode_values.onnx"], providers=["CPUExecutionProvider"])
+    arrays["encode_values/latent"] = session.run(None, {"values": arrays["encode_values/values"]})[0]
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, **arrays)
+    contents |= {"golden.npz": buffer.getvalue(), "encode_values.onnx": other["encode_values.onnx"]}
+    document["files"] = {name: file.model_dump() for name, file in artifact.describe(contents).items()}
+    path = artifact.write(tmp_path, artifact.Manifest.model_validate(document), contents)
+    with pytest.raises(GoldenMismatch, match="encode/latent"):
+        load(artifact.read(path), Runtime())
+
+
+def test_transform_of_zero(tmp_path: Path) -> None:
+    """A transform that makes something of nothing cannot be run for the counts alone."""
+    document, contents = parts(has_steps=True)
+    graph = onnx.load_from_string(contents["transform.onnx"])
+    graph.graph.initializer[0].CopyFrom(numpy_helper.from_array(np.full(1, 1.00001, np.float32), "one"))
+    contents["transform.onnx"] = graph.SerializeToString()
+    document["files"] = {name: file.model_dump() for name, file in artifact.describe(contents).items()}
+    path = artifact.write(tmp_path, artifact.Manifest.model_validate(document), contents)
+    with pytest.raises(InvalidArtifact, match="of 0, not 0"):
+        load(artifact.read(path), Runtime())
+
+
+@pytest.mark.parametrize("missing", ["transform", "encode_values"])
+def test_one_step_of_two(missing: str) -> None:
+    """One step says nothing without the other."""
+    document, _ = parts(has_steps=True)
+    del document["graphs"][missing]
+    document["golden"]["tolerance"] = {
+        key: value for key, value in document["golden"]["tolerance"].items() if not key.startswith(f"{missing}/")
+    }
+    with pytest.raises(ValueError, match="and not the other"):
+        artifact.Manifest.model_validate(document)
+
+
 def spoiled(root: Path, tensor: str, change) -> Path:
     """The tiny artifact whose golden `tensor` is changed, with all digests right."""
-    import io
-
     document, contents = parts()
     arrays = dict(np.load(io.BytesIO(contents["golden.npz"])))
     arrays[tensor] = change(arrays[tensor])
