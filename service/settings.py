@@ -1,10 +1,11 @@
 """Settings of the service: environment variables CELLSERVE_*. Read in app.py and cli.py only; below, plain arguments."""
 
 import os
+import tempfile
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field, SecretStr, ValidationError, model_validator
+from pydantic import DirectoryPath, Field, SecretStr, ValidationError, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 PREFIX = "CELLSERVE_"
@@ -69,7 +70,7 @@ class Settings(BaseSettings):
         allow_inf_nan=False,
         description="Seconds within which an .h5ad body must have arrived. Beyond it: 408.",
     )
-    upload_directory: Path | None = Field(
+    upload_directory: DirectoryPath | None = Field(
         None,
         description="Directory of these files, which have no names there. By default the system's for temporary files; where that is in memory "
         "(tmpfs), so are they.",
@@ -155,6 +156,11 @@ class Settings(BaseSettings):
                 f"max_body_bytes ({self.max_body_bytes}) is above max_body_bytes_in_flight ({self.max_body_bytes_in_flight}): "
                 "such a body could never be read"
             )
+        if self.upload_directory is not None:
+            try:
+                tempfile.TemporaryFile(dir=self.upload_directory).close()
+            except OSError as error:
+                raise ValueError(f"upload_directory ({self.upload_directory}) cannot be written to: {error}") from None
         if self.max_upload_bytes > self.max_upload_bytes_in_flight:
             raise ValueError(
                 f"max_upload_bytes ({self.max_upload_bytes}) is above max_upload_bytes_in_flight ({self.max_upload_bytes_in_flight}): "

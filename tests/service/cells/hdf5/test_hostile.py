@@ -3,6 +3,8 @@
 import contextlib
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 import zlib
@@ -467,6 +469,14 @@ def test_nothing_else_can_be_opened(path: Path) -> None:
     with _nothing_else_opened(), pytest.raises(OSError, match="Too many open files"):
         path.open()
     path.open().close()
+
+
+def test_the_server_itself_does_without() -> None:
+    """A start of the server imports no h5py, which costs it nothing then and cannot crash it later."""
+    script = "import sys, service.app, service.api.routes; print('h5py' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+
+    assert done.stdout.split()[-1] == "False"
 
 
 def test_no_secret_is_handed_on(processes: FileProcesses, monkeypatch: pytest.MonkeyPatch) -> None:
