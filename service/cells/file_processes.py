@@ -176,6 +176,7 @@ class FileProcesses:
     def __init__(self) -> None:
         """Start none yet."""
         self._idle: list[FileProcess] = []
+        self._in_use: set[FileProcess] = set()
         self._lock = threading.Lock()
         self._is_closed = False
 
@@ -188,20 +189,25 @@ class FileProcesses:
             process.close()
             process = None
         process = process or FileProcess()
+        with self._lock:
+            self._in_use.add(process)
         try:
             yield process
         finally:
             with self._lock:
+                self._in_use.discard(process)
                 if is_kept := not process.is_busy and not self._is_closed:
                     self._idle.append(process)
             if not is_kept:
                 process.close()
 
     def close(self) -> None:
-        """End those that are idle; those in use end with their job."""
+        """End all; whoever waits for one is told."""
         with self._lock:
             self._is_closed = True
             idle, self._idle = self._idle, []
+            for process in self._in_use:
+                process.kill()
         for process in idle:
             process.close()
 

@@ -27,6 +27,9 @@ MAX_CHUNK_BYTES = 128 * 2**20
 MAX_NAME_BYTES = 4096
 """Of a fixed-length string."""
 
+MAX_NAME = 256
+"""Characters, as in every format."""
+
 NAMES_AT_ONCE = 4096
 _MAX_ATTRIBUTE = 64
 
@@ -167,6 +170,10 @@ class PlainFile:
                     words.append(word.decode() if isinstance(word, bytes) else str(word))
                 except UnicodeDecodeError:
                     raise InvalidCells(problem=f"Entry {len(words):,} of '{path}' is not UTF-8.") from None
+                if len(words[-1]) > MAX_NAME:
+                    raise InvalidCells(
+                        problem=f"Entry {len(words) - 1:,} of '{path}' has more than {MAX_NAME} characters."
+                    )
         return words
 
     def attribute(self, path: str, name: str) -> Any:

@@ -57,7 +57,7 @@ def main() -> None:
             try:
                 for sent in _read(job, source, target) if job["job"] == "read" else _write(source, target):
                     server.sendall(sent)
-            except BrokenPipeError:
+            except ConnectionError:  # the server is gone
                 return
             except MemoryError:
                 server.sendall(messages.pack({"is_out_of_memory": True}))

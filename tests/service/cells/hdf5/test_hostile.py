@@ -222,6 +222,10 @@ def rows_beyond(file: h5py.File) -> None:
     replace(file["X"], "indptr", indptr)
 
 
+def a_long_name(file: h5py.File) -> None:
+    replace(file["obs"], "_index", np.array(["x" * 257] * 7, dtype=h5py.string_dtype()))
+
+
 def falling_rows(file: h5py.File) -> None:
     indptr = file["X/indptr"][()]
     indptr[2], indptr[3] = indptr[3], indptr[2]
@@ -307,6 +311,7 @@ def loom(file: h5py.File) -> None:
         (no_obs, "no 'obs' and 'var'"),
         (no_index, "'obs' does not say"),
         (not_utf8, "'var/_index' is not UTF-8"),
+        (a_long_name, "Entry 0 of 'obs/_index' has more than 256 characters"),
         (one_long_row, "'X' has a line of 50 values"),
         (loom, "it is a loom file"),
     ],
@@ -447,6 +452,19 @@ def test_killed(
     assert read(processes, path)[1].shape == (7, 40)
     with processes.lease() as process:
         assert process.pid != first
+
+
+def test_the_end_of_all(path: Path) -> None:
+    """When the server ends, so does a process in the middle of its work, and who waits for it is told."""
+    pool = FileProcesses()
+    with pool.lease() as process:
+        number = process.pid
+    os.kill(number, signal.SIGSTOP)
+    threading.Timer(0.3, pool.close).start()
+
+    with pytest.raises(FileReaderEnded, match="SIGKILL"):
+        read(pool, path)
+    assert not psutil.pid_exists(number)
 
 
 def test_a_process_is_kept(processes: FileProcesses, path: Path) -> None:
