@@ -45,8 +45,8 @@ TEST_IMAGE = CELLSERVE_TEST_IMAGE=$(IMAGE) CELLSERVE_TEST_ENGINE="$(ENGINE) $(EN
 SAFE_OPTIONS = --read-only --tmpfs /tmp --cap-drop ALL --security-opt no-new-privileges
 
 .PHONY: help setup setup-serve serve train evaluate export reproduce test lint bench bento image image-gpu image-bentoml run-image test-image \
-  bench-image bench-stages bench-servers bench-training bench-quality bench-out-of-core bench-families \
-  bench-reproducibility bench-swaps docs examples lock clean
+  bench-image bench-stages bench-servers bench-cold-start bench-overload bench-stream bench-training bench-quality \
+  bench-out-of-core bench-families bench-reproducibility bench-swaps docs examples lock clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -124,8 +124,17 @@ run-image:  ## run IMAGE on PORT: read-only, no capabilities
 test-image: $(DEV)/.ready  ## start IMAGE and prove it: safe options, same bits, SIGTERM, a mounted model
 	$(TEST_IMAGE) $(DEV)/bin/python -m pytest tests/container -v
 
-bench-servers: $(DEV)/.ready $(SERVE)/.ready $(SERVERS)/.ready  ## embedding beside Triton and plain BentoML with the same graph
-	CELLSERVE_TEST_SERVER_PYTHON=$(SERVE)/bin/python $(DEV)/bin/python -m benchmarks.embed_servers --triton-python $(CURDIR)/$(SERVERS)/bin/python
+bench-servers: $(DEV)/.ready $(SERVE)/.ready $(SERVERS)/.ready $(BENCH)/.ready  ## embedding beside Triton, MLServer, plain BentoML and scvi-tools
+	CELLSERVE_TEST_SERVER_PYTHON=$(SERVE)/bin/python CELLSERVE_BENCH_PYTHON=$(BENCH)/bin/python $(DEV)/bin/python -m benchmarks.embed_servers --provider $(or $(BENCH_DEVICE),cpu)
+
+bench-cold-start: $(DEV)/.ready $(SERVE)/.ready $(SERVERS)/.ready  ## from start to ready and first answer, and memory, beside the same servers
+	CELLSERVE_TEST_SERVER_PYTHON=$(SERVE)/bin/python $(DEV)/bin/python -m benchmarks.cold_start
+
+bench-overload: $(DEV)/.ready $(SERVE)/.ready  ## ten times capacity for two minutes: goodput, refusals, memory
+	CELLSERVE_TEST_SERVER_PYTHON=$(SERVE)/bin/python $(DEV)/bin/python -m benchmarks.overload
+
+bench-stream: $(DEV)/.ready $(SERVE)/.ready  ## a million cells through one request: memory at both ends
+	CELLSERVE_TEST_SERVER_PYTHON=$(SERVE)/bin/python $(DEV)/bin/python -m benchmarks.million_cells
 
 bench-stages: $(DEV)/.ready  ## where a request's time goes, beside each stage's floor
 	$(DEV)/bin/python -m benchmarks.stages

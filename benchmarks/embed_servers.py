@@ -1,20 +1,27 @@
-"""Embedding over HTTP: cellserve, Triton (Python backend) and plain BentoML with the same graph, the same cells and the same clients.
+"""Embedding over HTTP at 2,000, 8,000 and 20,000 genes: cellserve, Triton, MLServer, plain BentoML, and scvi-tools in its own process.
 
-    make bench-servers
+    make bench-servers                                        # all sizes, about 25 minutes
+    python -m benchmarks.embed_servers --genes 2000           # one size; the others stay in the result as they were
 
-Each server runs alone, clients share its CPUs, requests are prepared before the clock starts, and every answer is read whole. Rounds go
-in turns. Triton gets dense FP32 tensors by tritonclient in binary; plain BentoML gets dense arrays in JSON; cellserve gets what its own
-client sends. One cell is asked for at a fixed rate, whether or not the last answer has come (open loop).
+All sides run the same network on the same real cells (workload.py). The servers are started once per size and asked in turns, in rounds,
+while the others are idle; clients share the CPUs with the server that they ask, and have one request at a time each. Timed is what a
+client waits for: sending a request that was prepared beforehand, reading the whole answer and making it an array (servers/clients.py).
+The other servers get dense matrices and are spared the work of making them. scvi-tools has all cells in memory, pays for no HTTP, and
+counts with its best minibatch size. One cell is asked for at a fixed rate, whether or not the last answer has come (open loop); its time
+counts from when it was due.
+
+With --provider cuda all sides run on the GPU (environments with onnxruntime-gpu, and a torch with CUDA); the result goes to
+embed_servers_cuda.json. cellserve runs graphs by plain session.run there, without IO binding or pinned buffers.
 """
 
 import argparse
 import contextlib
 import json
 import os
-import shutil
+import signal
 import statistics
 import subprocess
-import tempfile
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -22,287 +29,240 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import httpx
 import numpy as np
-import psutil
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.embed_http import ARROW, ROOT, query_cells
 from benchmarks.machine import machine
-from service.client import bodies
-from service.contract import artifact
-from service.contract.store import Store
-from service.inference.model import Model, load
-from service.inference.session import choose_runtime
-from tests.end_to_end.server import Server, free_port
+from benchmarks.servers.clients import SIDES, Ask, Connect, Latent
+from benchmarks.servers.served import Running, Served
+from benchmarks.servers.start import SERVERS, memory
+from benchmarks.workload import DATA, N_LATENT, NAME, ROOT, SCVI_PYTHON, Workload, workload
 
-RESULT = Path(__file__).with_suffix(".json")
 CELLS = 256
 CLIENTS = (1, 8)
-RATE = 100
-"""Requests of one cell a second."""
+N_PIECES = 4
+"""Different requests that a client sends in turn."""
 
-Ask = Callable[[], None]
+SCVI_SIZES = (128, 256, 512, 1024, 2048, 4096)
+N_CONNECTIONS = 4
+"""Of the open loop."""
 
-
-@contextlib.contextmanager
-def cellserve(_python: Path, model: Model) -> Iterator[tuple[Callable[[int], Ask], int]]:
-    """Our server; gives a maker of askers by number of cells, and the process."""
-    counts, genes = query_cells(model)
-    server = Server(ROOT / "models_store")
-    try:
-        server.start().wait_until_ready()
-
-        def asker(size: int) -> Ask:
-            client = httpx.Client(base_url=server.url, timeout=60)
-            body = next(bodies(counts[:size], list(genes), size))
-            return lambda: client.post("/v1/embed?model=pbmc", content=body, headers=ARROW).raise_for_status() and None
-
-        yield asker, server.process.pid
-    finally:
-        server.close()
+TOLERANCE = 1e-3
+"""Largest difference of a latent from another server's: all run the same graph, in batches of other shapes."""
 
 
-@contextlib.contextmanager
-def triton(python: Path, model: Model) -> Iterator[tuple[Callable[[int], Ask], int]]:
-    """The server of PyPI's nvidia-pytriton with a plain model.py."""
-    import tritonclient.http as triton_client
-
-    dense = dense_cells(model)
-    packages = next((python.parent.parent / "lib").glob("python3*/site-packages"))
-    home = packages / "pytriton/tritonserver"
-    with (
-        tempfile.TemporaryDirectory() as folder,
-        process_of_triton(python, home, packages, Path(folder), model) as (pid, port),
-    ):
-
-        def asker(size: int) -> Ask:
-            client = triton_client.InferenceServerClient(f"127.0.0.1:{port}")
-            counts = triton_client.InferInput("counts", [size, dense.shape[1]], "FP32")
-            counts.set_data_from_numpy(dense[:size], binary_data=True)
-            wanted = [triton_client.InferRequestedOutput("latent", binary_data=True)]
-
-            def ask() -> None:
-                assert client.infer("encode", [counts], outputs=wanted).as_numpy("latent").shape[0] == size
-
-            return ask
-
-        yield asker, pid
-
-
-@contextlib.contextmanager
-def process_of_triton(
-    python: Path, home: Path, packages: Path, folder: Path, model: Model
-) -> Iterator[tuple[int, int]]:
-    """A ready Triton; its process and port."""
-    version = folder / "models/encode/1"
-    version.mkdir(parents=True)
-    store = Store(ROOT / "models_store")
-    shutil.copy(store.path(store.resolve("pbmc")) / "encode.onnx", version)
-    code = (ROOT / "benchmarks/servers/triton_model.py").read_text()
-    # The interpreter inside Triton knows neither PYTHONPATH nor the virtual environment.
-    (version / "model.py").write_text(f"import sys\nsys.path.insert(0, {str(packages)!r})\n{code}")
-    (version.parent / "config.pbtxt").write_text(
-        f'name: "encode" backend: "python" max_batch_size: 2048\n'
-        f'input [{{name: "counts" data_type: TYPE_FP32 dims: [{model.manifest.genes.n_genes}]}}]\n'
-        f'output [{{name: "latent" data_type: TYPE_FP32 dims: [{model.manifest.n_latent}]}}]\n'
-        "instance_group [{kind: KIND_CPU count: 1}]\ndynamic_batching {}\n"
-    )
-    # The stub of this Python lies beside the backends, not among them. Links, because each finds its libraries from where it really lies.
-    backend = folder / "backends/python"
-    backend.mkdir(parents=True)
-    stubs = home / "python_backend_stubs" / packages.parent.name.removeprefix("python")
-    for file in (*(home / "backends/python").iterdir(), *stubs.iterdir()):
-        (backend / file.name).symlink_to(file)
-    library = subprocess.run(
-        [python, "-c", "import sysconfig; print(sysconfig.get_config_var('LIBDIR'))"],
-        capture_output=True,
-        text=True,
-        check=True,
-    ).stdout.strip()
-    port = free_port()
-    environment = {
-        **os.environ,
-        "LD_LIBRARY_PATH": library,
-        "PYTHONPATH": str(packages),
-    }
-    command = [
-        home / "bin/tritonserver",
-        f"--model-repository={folder}/models",
-        f"--backend-directory={folder}/backends",
-    ]
-    command += [f"--http-port={port}", "--allow-grpc=false", "--allow-metrics=false", "--http-thread-count=4"]
-    yield from running(command, environment, port, "/v2/health/ready", folder / "log")
-
-
-@contextlib.contextmanager
-def plain_bentoml_json(_python: Path, model: Model) -> Iterator[tuple[Callable[[int], Ask], int]]:
-    """BentoML's JSON of nested lists."""
-    with plain_bentoml(model) as (url, pid):
-        dense = dense_cells(model)
-
-        def asker(size: int) -> Ask:
-            client = httpx.Client(base_url=url, timeout=60)
-            body = json.dumps({"counts": dense[:size].astype(int).tolist()}).encode()
-            headers = {"Content-Type": "application/json"}
-            return lambda: client.post("/encode", content=body, headers=headers).raise_for_status() and None
-
-        yield asker, pid
-
-
-@contextlib.contextmanager
-def plain_bentoml(model: Model) -> Iterator[tuple[str, int]]:
-    """A ready plain BentoML; its address and process."""
-    store = Store(ROOT / "models_store")
-    python = os.environ.get("CELLSERVE_TEST_SERVER_PYTHON", "python")
-    port = free_port()
-    with tempfile.TemporaryDirectory() as folder:
-        environment = {
-            **os.environ,
-            "ENCODE_GRAPH": str(store.path(store.resolve(model.manifest.name)) / "encode.onnx"),
-            "BENTOML_HOME": folder,
-            "BENTOML_DO_NOT_TRACK": "true",
-        }
-        command = [Path(python).absolute(), "-m", "bentoml", "serve", "benchmarks.servers.plain_bento:Plain"]
-        command += ["--host", "127.0.0.1", "--port", str(port)]
-        with contextlib.contextmanager(running)(command, environment, port, "/readyz", Path(folder) / "log") as (
-            pid,
-            _,
-        ):
-            yield f"http://127.0.0.1:{port}", pid
-
-
-def running(
-    command: list[Any], environment: dict[str, str], port: int, ready: str, log: Path
-) -> Iterator[tuple[int, int]]:
-    """A server process that answers; ended with all its children."""
-    with log.open("wb") as output:
-        process = subprocess.Popen(command, env=environment, stdout=output, stderr=output, cwd=ROOT)
-    try:
-        deadline = time.monotonic() + 60
-        while True:
-            with contextlib.suppress(httpx.TransportError):
-                if httpx.get(f"http://127.0.0.1:{port}{ready}").status_code == 200:
-                    break
-            assert process.poll() is None, log.read_text()
-            assert time.monotonic() < deadline, log.read_text()
-            time.sleep(0.1)
-        yield process.pid, port
-    finally:
-        if process.poll() is None:
-            family = [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]
-            process.terminate()
-            for child in psutil.wait_procs(family, timeout=15)[1]:
-                child.kill()
-
-
-def dense_cells(model: Model) -> np.ndarray:
-    """CELLS real cells over the model's genes in its order, float32."""
-    from service.cells.counts import Cells
-    from service.inference.query import prepare
-
-    counts, genes = query_cells(model)
-    return prepare(model, Cells(genes=genes, counts=counts[:CELLS])).counts.toarray()
-
-
-def side_by_side(
-    asker: Callable[[int], Ask], size: int, n_clients: int, work: Callable[[int, Ask, float], None]
-) -> float:
+def side_by_side(connect: Connect, port: int, n_clients: int, work: Callable[[int, Ask, float], None]) -> float:
     """Run `work(number, ask, begin)` for so many clients, each in a thread with a connection of its own; seconds from begin to end."""
     barrier = threading.Barrier(n_clients + 1)
     begin = [0.0]
 
     def run(number: int) -> None:
-        ask = asker(size)  # in this thread: tritonclient's connections belong to the thread that made them
-        ask()
+        try:
+            ask = connect(port)
+            ask(number)
+        except BaseException:
+            barrier.abort()  # the others would wait for ever
+            raise
         barrier.wait()
         barrier.wait()
         work(number, ask, begin[0])
 
     with ThreadPoolExecutor(n_clients) as pool:
         jobs = [pool.submit(run, number) for number in range(n_clients)]
-        barrier.wait(60)
-        begin[0] = time.perf_counter()
-        barrier.wait()
+        with contextlib.suppress(threading.BrokenBarrierError):
+            barrier.wait(120)
+            begin[0] = time.perf_counter()
+            barrier.wait()
         for job in jobs:
             job.result()
         return time.perf_counter() - begin[0]
 
 
-def throughput(asker: Callable[[int], Ask], n_clients: int, seconds: float) -> float:
+def throughput(connect: Connect, port: int, n_clients: int, seconds: float) -> float:
     """Cells a second of so many clients, each with one request at a time."""
     numbers = [0] * n_clients
 
     def work(number: int, ask: Ask, begin: float) -> None:
         while time.perf_counter() < begin + seconds:
-            ask()
+            assert len(ask(number + numbers[number])) == CELLS
             numbers[number] += 1
 
-    spent = side_by_side(asker, CELLS, n_clients, work)
+    spent = side_by_side(connect, port, n_clients, work)
     return CELLS * sum(numbers) / spent
 
 
-def latencies(asker: Callable[[int], Ask], seconds: float) -> list[float]:
-    """Seconds from when each request was due to its answer, at RATE a second over 4 connections."""
-    n_clients = 4
+def latencies(connect: Connect, port: int, rate: float, seconds: float) -> list[float]:
+    """Milliseconds from when each request was due to its answer, at `rate` a second."""
     spent: list[float] = []
 
     def work(number: int, ask: Ask, begin: float) -> None:
-        for turn in range(number, int(RATE * seconds), n_clients):
-            due = begin + turn / RATE
+        for turn in range(number, int(rate * seconds), N_CONNECTIONS):
+            due = begin + turn / rate
             time.sleep(max(0.0, due - time.perf_counter()))
-            ask()
-            spent.append(time.perf_counter() - due)
+            ask(turn)
+            spent.append(1e3 * (time.perf_counter() - due))
 
-    side_by_side(asker, 1, n_clients, work)
+    side_by_side(connect, port, N_CONNECTIONS, work)
     return spent
 
 
-SIDES = {"cellserve": cellserve, "triton": triton, "plain BentoML, JSON": plain_bentoml_json}
+@contextlib.contextmanager
+def scvi_tools(work: Workload, provider: str) -> Iterator[Callable[[int, float], float]]:
+    """scvi-tools with the same network loaded; gives cells a second of a minibatch size, measured for so many seconds."""
+    command = [
+        Path(os.environ[SCVI_PYTHON]).absolute(),
+        Path(__file__).with_name("scvi_latent.py"),
+        work.file,
+        work.scvi,
+    ]
+    command.append({"cpu": "cpu", "cuda": "gpu"}[provider])
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    ) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        try:
+            while (line := process.stdout.readline()) != "ready\n":
+                if not line:
+                    raise RuntimeError(f"scvi-tools ended: {' '.join(map(str, command))}")
+
+            def measure(size: int, seconds: float) -> float:
+                assert process.stdin is not None
+                assert process.stdout is not None
+                process.stdin.write(f"{size} {seconds}\n")
+                process.stdin.flush()
+                return float(process.stdout.readline())
+
+            yield measure
+        finally:
+            process.kill()
+
+
+def measure_size(n_genes: int, options: argparse.Namespace) -> dict[str, Any]:
+    """All figures of one number of genes."""
+    work = workload(n_genes)
+    cells = work.cells()
+    served = Served(work.store, NAME, work.graph, n_genes, N_LATENT, options.servers_python, options.provider)
+    bulk = {side: make(cells, served, CELLS, N_PIECES) for side, (_, make) in SIDES.items() if side in options.sides}
+    single = {side: SIDES[side][1](cells, served, 1, 16) for side in bulk}
+    figures: dict[str, dict[str, list[float]]] = {side: {} for side in bulk}
+    scvi: dict[int, list[float]] = {size: [] for size in SCVI_SIZES}
+
+    def note(side: str, name: str, value: float) -> None:
+        figures[side].setdefault(name, []).append(value)
+
+    with contextlib.ExitStack() as stack:
+        names = {SIDES[side][0] for side in bulk}
+        servers = {name: stack.enter_context(SERVERS[name](served)) for name in SERVERS if name in names}
+        ask_scvi = stack.enter_context(scvi_tools(work, options.provider))
+        check_answers(bulk, servers)
+        for turn in range(options.rounds):
+            for side, connect in bulk.items():
+                port = servers[SIDES[side][0]].port
+                for n_clients in CLIENTS:
+                    note(side, f"{n_clients}_clients", throughput(connect, port, n_clients, options.seconds))
+                spent = latencies(single[side], port, options.rate, options.latency_seconds)
+                note(side, "p50_ms", float(np.quantile(spent, 0.5)))
+                note(side, "p99_ms", float(np.quantile(spent, 0.99)))
+            # The best size shows in the first round; after it only the best two go on.
+            best = sorted(scvi, key=lambda size: -statistics.median(scvi[size])) if turn else list(scvi)
+            for size in best[:2] if turn else best:
+                scvi[size].append(ask_scvi(size, options.seconds))
+        in_memory = {name: memory(server.pid)["pss"] for name, server in servers.items()}
+    n_rounds = max(map(len, scvi.values()))
+    in_full = {size: statistics.median(values) for size, values in scvi.items() if len(values) == n_rounds}
+    return {
+        "data": work.data,
+        "nonzero_per_cell": round(cells.counts.nnz / cells.counts.shape[0]),
+        "rounds": options.rounds,
+        "request_bytes": {"arrow": len(cells.arrow(CELLS, 1)[0]), "dense": 4 * CELLS * n_genes},
+        "sides": {
+            side: {name: round(statistics.median(values), 3) for name, values in found.items()}
+            | {"memory_mb": round(in_memory[SIDES[side][0]] / 1e6)}
+            for side, found in figures.items()
+        },
+        "scvi_tools": {
+            "cells_per_second": round(max(in_full.values())),
+            "minibatch": max(in_full, key=lambda size: in_full[size]),
+        },
+        "all": figures | {"scvi_tools": {str(size): values for size, values in scvi.items()}},
+    }
+
+
+def check_answers(connects: dict[str, Connect], servers: dict[str, Running]) -> None:
+    """Ask every side for the same cells once; all must give the same latent.
+
+    Raises:
+        RuntimeError: they do not.
+    """
+    first: Latent | None = None
+    for side, connect in connects.items():
+        latent = connect(servers[SIDES[side][0]].port)(0)
+        first = latent if first is None else first
+        if latent.shape != first.shape or not np.allclose(latent, first, rtol=0, atol=TOLERANCE):
+            raise RuntimeError(f"{side} gives another latent")
+
+
+def ratios(size: dict[str, Any]) -> dict[str, float]:
+    """Ours to the best of the others: throughput (higher is better for us) and latency (lower is)."""
+    ours = size["sides"]["cellserve"]
+    others = [found for side, found in size["sides"].items() if side != "cellserve"]
+    found = {}
+    for n_clients in CLIENTS:
+        name = f"{n_clients}_clients"
+        if others:
+            found[f"{name}_to_best_server"] = round(ours[name] / max(other[name] for other in others), 2)
+        found[f"{name}_to_scvi_tools"] = round(ours[name] / size["scvi_tools"]["cells_per_second"], 2)
+    triton = [found for side, found in size["sides"].items() if side.startswith("Triton")]
+    for name in ("p50_ms", "p99_ms"):
+        if triton:
+            found[f"{name}_to_triton"] = round(ours[name] / min(other[name] for other in triton), 2)
+    return found
 
 
 def main() -> None:
     """Measure all sides in turns, print, and write the result beside this file."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--servers-python", type=Path, default=ROOT / ".venv-servers/bin/python")
+    parser.add_argument("--genes", type=int, nargs="+", choices=sorted(DATA), default=sorted(DATA))
     parser.add_argument(
-        "--triton-python", type=Path, required=True, help="interpreter with nvidia-pytriton and onnxruntime"
+        "--sides", nargs="+", choices=list(SIDES), default=list(SIDES), help="cellserve must be one of them"
     )
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--seconds", type=float, default=3.0)
+    parser.add_argument("--seconds", type=float, default=3.0, help="per side, number of clients and round")
+    parser.add_argument("--latency-seconds", type=float, default=5.0, help="of the open loop, per side and round")
+    parser.add_argument("--rate", type=float, default=100.0, help="requests of one cell a second")
+    parser.add_argument("--provider", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--output", type=Path)
     options = parser.parse_args()
-    store = Store(ROOT / "models_store")
-    model = load(artifact.read(store.path(store.resolve("pbmc"))), choose_runtime("cpu", None, False))
-    measured: dict[str, dict[str, list[float]]] = {
-        side: {key: [] for key in (*(f"{n}_clients" for n in CLIENTS), "p50_ms", "p99_ms", "memory_mb")}
-        for side in SIDES
-    }
-    for _ in range(options.rounds):
-        for side, serve in SIDES.items():
-            with serve(options.triton_python, model) as (asker, pid):
-                for n_clients in CLIENTS:
-                    measured[side][f"{n_clients}_clients"].append(throughput(asker, n_clients, options.seconds))
-                spent = latencies(asker, options.seconds)
-                measured[side]["p50_ms"].append(1e3 * float(np.quantile(spent, 0.5)))
-                measured[side]["p99_ms"].append(1e3 * float(np.quantile(spent, 0.99)))
-                processes = [psutil.Process(pid), *psutil.Process(pid).children(recursive=True)]
-                measured[side]["memory_mb"].append(sum(p.memory_full_info().pss for p in processes) / 1e6)
-    result = {
-        "machine": machine(),
-        "n_genes": model.manifest.genes.n_genes,
-        "cells_per_request": CELLS,
-        "rate": RATE,
-        "rounds": options.rounds,
-        "sides": {
-            side: {key: round(statistics.median(found), 2) for key, found in values.items()}
-            for side, values in measured.items()
-        },
-    }
-    RESULT.write_text(json.dumps(result, indent=2) + "\n")
-    table = Table("", *SIDES)
-    for key in next(iter(result["sides"].values())):
-        table.add_row(key, *(f"{result['sides'][side][key]:,}" for side in SIDES))
-    Console().print(table)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that `timeout` leaves no server behind
+    options.servers_python = options.servers_python.absolute()
+    output = options.output or Path(__file__).with_name(f"embed_servers{'_cuda' * (options.provider == 'cuda')}.json")
+    before = json.loads(output.read_text()).get("sizes", {}) if output.exists() else {}
+    sizes = {name: size for name, size in before.items() if int(name) in DATA}
+    for n_genes in options.genes:
+        size = measure_size(n_genes, options)
+        sizes[str(n_genes)] = {"ratios": ratios(size), **size}
+        result = {
+            "machine": machine(),
+            "provider": options.provider,
+            "cells_per_request": CELLS,
+            "rate": options.rate,
+            "sizes": {name: sizes[name] for name in sorted(sizes, key=int)},
+        }
+        output.write_text(json.dumps(result, indent=2) + "\n")
+        show(n_genes, sizes[str(n_genes)])
+
+
+def show(n_genes: int, size: dict[str, Any]) -> None:
+    """Print one number of genes."""
+    table = Table(f"{n_genes:,} genes", *next(iter(size["sides"].values())))
+    for side, found in size["sides"].items():
+        table.add_row(side, *(f"{value:,.6g}" for value in found.values()))
+    console = Console()
+    console.print(table)
+    console.print(f"scvi-tools: {size['scvi_tools']}; ratios: {size['ratios']}", highlight=False)
 
 
 if __name__ == "__main__":

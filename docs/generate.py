@@ -9,10 +9,12 @@ A part stands between `<!-- generated: NAME -->` and `<!-- end -->`.
 import json
 import re
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from docs.serving_figures import cold_start, million_cells, overload, servers, single_cells
+from docs.tables import table as _table
 from service import metrics
 from service.api import openapi, problems
 from service.cells.formats import FORMATS
@@ -23,11 +25,6 @@ from service.settings import PREFIX, Settings
 ROOT = Path(__file__).parent.parent
 EXAMPLES = ROOT / "docs/examples"
 _BLOCK = re.compile(r"(<!-- generated: (?P<name>[\w.-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
-
-
-def _table(header: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
-    lines = [header, tuple("---" for _ in header), *rows]
-    return "".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |\n" for line in lines)
 
 
 def settings() -> str:
@@ -324,6 +321,11 @@ PARTS: dict[str, Callable[[], str]] = {
     "settings": settings,
     "evaluation": evaluation,
     "benchmark": benchmark,
+    "servers": servers,
+    "single_cells": single_cells,
+    "cold_start": cold_start,
+    "overload": overload,
+    "million_cells": million_cells,
     "image": image,
     "stages": stages,
     "training_speed": training_speed,

@@ -44,21 +44,26 @@ class Intake:
         held = self._declared(request, encodings)
         self.hold(held)
         try:
-            pieces = bytearray()
+            pieces: list[bytes] = []
+            n_bytes = 0
             try:
                 async with asyncio.timeout(self.timeout_seconds):
                     async for piece in request.stream():
-                        pieces += piece
-                        if len(pieces) > self.max_body_bytes:
+                        if piece:  # the last one is empty
+                            pieces.append(piece)
+                            n_bytes += len(piece)
+                        if n_bytes > self.max_body_bytes:
                             raise BodyTooLarge(limit_bytes=self.max_body_bytes)
-                        if len(pieces) > held:
-                            self.hold(len(pieces) - held)
-                            held = len(pieces)
+                        if n_bytes > held:
+                            self.hold(n_bytes - held)
+                            held = n_bytes
             except TimeoutError:
-                raise BodyTimeout(n_bytes=len(pieces), limit_seconds=self.timeout_seconds) from None
-            if not pieces:
+                raise BodyTimeout(n_bytes=n_bytes, limit_seconds=self.timeout_seconds) from None
+            if not n_bytes:
                 raise EmptyBody
-            yield bytes(pieces)
+            body = pieces[0] if len(pieces) == 1 else b"".join(pieces)
+            pieces.clear()
+            yield body
         finally:
             self.release(held)
 

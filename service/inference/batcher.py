@@ -29,6 +29,9 @@ MAX_WAITING_CHUNKS = 4
 
 
 FEW_ROWS = SHAPES[0]
+HEADROOM = 1.5
+"""An answer is expected so many times later than its rows alone would take: it must be written and sent as well, and others may go before."""
+
 QUICK_SECONDS = 0.002
 """A few rows of a task that took less than this the last time run in the event loop: two changes of threads would take longer."""
 
@@ -79,6 +82,11 @@ class Ticket:
     def is_short(self) -> bool:
         """Whether it goes before long requests."""
         return int(self.counts.shape[0]) <= SHORT_ROWS
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether some of its rows have been given to the runtime."""
+        return self.n_taken > 0
 
 
 @dataclass
@@ -235,7 +243,7 @@ class Batcher:
         """Until `n_rows` more would be done. A short request waits for others of its kind only, so it counts for itself."""
         if not self._rows_per_second:
             return 0.0
-        return (n_rows if n_rows <= SHORT_ROWS else self._n_queued + n_rows) / self._rows_per_second
+        return HEADROOM * (n_rows if n_rows <= SHORT_ROWS else self._n_queued + n_rows) / self._rows_per_second
 
     def _enqueue(self, ticket: Ticket) -> None:
         ticket.is_waiting = True
@@ -248,11 +256,13 @@ class Batcher:
 
     async def _run(self) -> None:
         loop = asyncio.get_running_loop()
+        free_since = time.monotonic()
         while True:
             pieces = self._next_pieces()
             if not pieces:
                 self._wake.clear()
                 await self._wake.wait()
+                free_since = time.monotonic()
                 continue
             n_rows = sum(stop - start for _, start, stop in pieces)
             is_few, kind = n_rows <= FEW_ROWS, pieces[0][0].work.key[:2]
@@ -273,7 +283,10 @@ class Batcher:
             seconds = time.monotonic() - started
             if is_few:
                 (self._quick.add if seconds < QUICK_SECONDS else self._quick.discard)(kind)
-            self._rows_per_second = 0.8 * (self._rows_per_second or n_rows / seconds) + 0.2 * n_rows / seconds
+            # From chunk to chunk, not that of the run alone: what else this process does takes its time from the queue as well.
+            rate = n_rows / (time.monotonic() - free_since)
+            free_since = time.monotonic()
+            self._rows_per_second = 0.8 * (self._rows_per_second or rate) + 0.2 * rate
             runs = self.runs[pieces[0][0].work.model.id][n_rows]
             runs.n_runs, runs.seconds = runs.n_runs + 1, runs.seconds + seconds
             metrics.BATCH_ROWS.labels(pieces[0][0].work.task.name).observe(n_rows)

@@ -13,6 +13,10 @@ from typing import Generic, Protocol, TypeVar
 SHORT_ROWS = 64
 """A request of at most this many cells is short: someone, or some other service, is waiting for it."""
 
+AT_A_TIME = 4
+"""So many long requests of one work take turns; the others wait until one of them is done. If all took turns, all would be done at the
+end: then a server that has more to do than it can bear answers everything, and everything too late."""
+
 TURNS = 4
 """Every so many-th turn ignores who is short; one part in so many of a chunk is kept for long requests."""
 
@@ -27,6 +31,10 @@ class Waiting(Protocol):
     @property
     def is_short(self) -> bool:
         """Whether it goes before long ones."""
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether some of its rows were taken before."""
 
 
 Item = TypeVar("Item", bound=Waiting)
@@ -43,9 +51,10 @@ class Lanes(Generic[Item]):
         return bool(self._works)
 
     def add(self, work: Hashable, item: Item) -> None:
-        """Put an item at the end of its queue."""
+        """Put an item at the end of its queue; one that has begun, behind those with which it takes turns."""
         short, long = self._works.setdefault(work, (deque(), deque()))
-        (short if item.is_short else long).append(item)
+        queue = short if item.is_short else long
+        queue.insert(AT_A_TIME - 1 if item.has_begun else len(queue), item)
 
     def clear(self) -> None:
         """Forget everything."""

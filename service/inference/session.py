@@ -9,12 +9,12 @@ then looks whether it is so on the machine at hand.
 
 import ctypes
 import os
-from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar, cast
 
 import numpy as np
 import onnxruntime as ort
@@ -24,6 +24,8 @@ from service.contract.manifest import Graph
 from service.errors import InvalidArtifact, ProviderUnavailable, UnstableBits
 
 Array = NDArray[np.float32] | NDArray[np.int64]
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 Provider = Literal["cpu", "cuda"]
 
 SHAPES: tuple[int, ...] = (16, 64)
@@ -43,8 +45,27 @@ class Runtime:
 
     @cached_property
     def pool(self) -> ThreadPoolExecutor:
-        """The threads."""
-        return ThreadPoolExecutor(self.n_threads, thread_name_prefix="cellserve-graph")
+        """The threads that help the one which asks."""
+        return ThreadPoolExecutor(max(1, self.n_threads - 1), thread_name_prefix="cellserve-graph")
+
+    def share(self, work: Callable[[Item], Result], items: Sequence[Item]) -> list[Result]:
+        """What `work` gives of each item, in their order. The calling thread works, too, and need not wait for another to wake up."""
+        results: list[Result | None] = [None] * len(items)
+        left = iter(range(len(items)))  # `next` of it is one step under the interpreter's lock
+
+        def take() -> None:
+            for position in left:
+                results[position] = work(items[position])
+
+        helpers = [self.pool.submit(take) for _ in range(min(self.n_threads, len(items)) - 1)]
+        try:
+            take()
+        finally:
+            started = [helper for helper in helpers if not helper.cancel()]
+            wait(started)
+        for helper in started:
+            helper.result()
+        return cast("list[Result]", results)
 
 
 def choose_runtime(provider: Provider, n_threads: int | None, allow_fallback: bool) -> Runtime:
@@ -146,7 +167,7 @@ class Session:
             if not is_same:
                 described = ", ".join(f"{tensor.name} {tensor.type} {tensor.shape}" for tensor in found)
                 raise InvalidArtifact(path=path, problem=f"its {kind} are {described}, not those of the manifest")
-        self._pool = runtime.pool
+        self._runtime = runtime
         self._is_quiet = False
         self.outputs = tuple(tensor.name for tensor in graph.outputs)
         self.shapes = SHAPES
@@ -186,8 +207,7 @@ class Session:
             arrays = self._session.run(self.outputs, inputs_of(rows, n_rows))
             return [array[:n_piece] for array in arrays]
 
-        is_inline = len(slices) == 1 or self._is_quiet
-        pieces = [run_piece(rows) for rows in slices] if is_inline else list(self._pool.map(run_piece, slices))
+        pieces = [run_piece(rows) for rows in slices] if self._is_quiet else self._runtime.share(run_piece, slices)
         joined = pieces[0] if len(pieces) == 1 else [np.concatenate(arrays) for arrays in zip(*pieces, strict=True)]
         return dict(zip(self.outputs, joined, strict=True))
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from hypothesis import given
 from hypothesis import strategies as st
 
-from service.inference.lanes import SHORT_ROWS, TURNS, Lanes
+from service.inference.lanes import AT_A_TIME, SHORT_ROWS, TURNS, Lanes
 
 
 @dataclass(eq=False)
@@ -22,6 +22,10 @@ class Item:
     @property
     def is_short(self) -> bool:
         return self.n_rows <= SHORT_ROWS
+
+    @property
+    def has_begun(self) -> bool:
+        return self.n_left < self.n_rows
 
 
 def next_chunk(lanes: Lanes[Item], work: str = "", n_rows: int = 256) -> list[tuple[str, int]]:
@@ -53,6 +57,20 @@ def test_long_ones_move_forward() -> None:
 
     for _ in range(5):
         assert sum(n_item for name, n_item in next_chunk(lanes) if name == "a long") >= 256 // TURNS
+
+
+def test_long_ones_take_turns_a_few_at_a_time() -> None:
+    """Of many long requests the first are done long before the last, and those that take turns move forward together."""
+    lanes: Lanes[Item] = Lanes()
+    for number in range(20):
+        lanes.add("a", Item(f"a {number}", 1024))
+
+    order = [name for _ in range(80) for name, _ in next_chunk(lanes)]
+
+    assert order[:8] == [f"a {number}" for number in range(AT_A_TIME)] * 2
+    ends = [max(place for place, name in enumerate(order) if name == f"a {number}") for number in range(20)]
+    assert ends == sorted(ends)
+    assert all(end < 4 * (number + AT_A_TIME) for number, end in enumerate(ends))
 
 
 def test_a_chunk_is_filled() -> None:

@@ -1,5 +1,7 @@
 """Sessions: signatures, fixed shapes, threads and providers."""
 
+import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -137,3 +139,35 @@ def test_quota(tmp_path: Path, files: dict[str, str], cpus: float | None) -> Non
         (tmp_path / name).write_text(content)
 
     assert _quota(tmp_path) == cpus
+
+
+@pytest.mark.parametrize("n_threads", [1, 2, 5])
+def test_work_is_shared_in_order(n_threads: int) -> None:
+    """Each item once, the answers in the items' order, by no more threads than there are, the caller among them."""
+    threads = set()
+
+    def work(item: int) -> int:
+        threads.add(threading.get_ident())
+        time.sleep(0.002)
+        return item * item
+
+    assert Runtime(n_threads=n_threads).share(work, range(20)) == [item * item for item in range(20)]
+    assert threading.get_ident() in threads
+    assert len(threads) == n_threads
+
+
+def test_an_error_of_any_thread_is_the_callers() -> None:
+    """And no helper works on when it is raised."""
+    working = 0
+
+    def work(item: int) -> None:
+        nonlocal working
+        working += 1
+        time.sleep(0.005)
+        working -= 1
+        if item == 7:
+            raise ValueError("seven")
+
+    with pytest.raises(ValueError, match="seven"):
+        Runtime(n_threads=3).share(work, range(9))
+    assert working == 0

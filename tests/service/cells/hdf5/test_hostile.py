@@ -491,7 +491,7 @@ def test_nothing_else_can_be_opened(path: Path) -> None:
 
 def test_the_server_itself_does_without() -> None:
     """A start of the server imports no h5py, which costs it nothing then and cannot crash it later."""
-    script = "import sys, service.app, service.api.routes; print('h5py' in sys.modules)"
+    script = "import sys, service.app, service.worker; print('h5py' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
 
     assert done.stdout.split()[-1] == "False"
