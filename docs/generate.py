@@ -74,7 +74,11 @@ def tasks() -> str:
 
 def formats() -> str:
     """Media type and layout."""
-    return _table(("media type", "layout"), [(f"`{form.media_type}`", form.description) for form in FORMATS.values()])
+    rows = [
+        (f"`{form.media_type}`", "body, answer" if form.is_body else "answer", form.description)
+        for form in FORMATS.values()
+    ]
+    return _table(("media type", "as", "layout"), rows)
 
 
 def openapi_json() -> str:

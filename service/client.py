@@ -11,9 +11,12 @@ import contextlib
 import http.client
 import io
 import json
+import os
 import socket
+import tempfile
 import threading
 from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 from urllib.parse import quote
@@ -26,6 +29,7 @@ import pyarrow as pa
 import scipy.sparse as sp
 
 ARROW = "application/vnd.apache.arrow.stream"
+HDF5 = "application/x-hdf5"
 OnProgress = Callable[[int, int | None], None]
 """Called with the number of cells that are answered, and of all where it is known."""
 
@@ -154,6 +158,58 @@ class Client:
             # All pieces by one version, whatever becomes of the name meanwhile or to whom it is split.
             parameters["model"] = response.headers.get("X-Cellserve-Model", parameters.get("model"))
         return fill(adata, tables, source)
+
+    def upload(
+        self,
+        path: str | os.PathLike[str],
+        task: str,
+        *,
+        layer: str | None = None,
+        use_raw: bool = False,
+        gene_key: str | None = None,
+        output: str | os.PathLike[str] | None = None,
+        **options: Any,
+    ) -> ad.AnnData:
+        """Send an .h5ad file as it is, read from disk as it goes out; nothing of its counts is held here.
+
+        Args:
+            path: of the file.
+            task: a task of the server.
+            layer: layer that holds the raw counts; "X" for X. By default the server looks in layers["counts"], raw.X and X.
+            use_raw: whether they are in raw.X.
+            gene_key: column of var with gene names; var_names by default.
+            output: where to write the answer as an .h5ad file, as it arrives.
+            options: of the task.
+
+        Returns:
+            The answer without X: cells in the order of the file, what was asked for in obs and obsm, the head in uns["cellserve"][task]. Where
+            the counts were found is `counts.source` of the head.
+
+        Raises:
+            CellserveProblem: the server refused.
+        """
+        parameters = {
+            **options,
+            **{
+                name: value
+                for name, value in (("layer", layer), ("gene_key", gene_key), ("model", self.model))
+                if value
+            },
+            **({"use_raw": "true"} if use_raw else {}),
+        }
+        with contextlib.ExitStack() as stack:
+            source = stack.enter_context(open(path, "rb"))  # noqa: PTH123 - any path-like
+            target = output or Path(stack.enter_context(tempfile.TemporaryDirectory())) / "answer.h5ad"
+            headers = {"Content-Type": HDF5, "Accept": HDF5}
+            response = stack.enter_context(
+                self._http.stream("POST", f"/v1/{task}", params=parameters, content=source, headers=headers)
+            )
+            if response.is_error:
+                response.read()
+            _checked(response)
+            with open(target, "wb") as file:  # noqa: PTH123 - any path-like
+                file.writelines(response.iter_bytes())
+            return ad.read_h5ad(target)
 
     def stream(
         self,

@@ -131,6 +131,96 @@ class InvalidOption(CellserveError):
     problem: str
 
 
+# --- files that are uploaded ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(eq=False)
+class FileRefused(CellserveError):
+    """An uploaded file holds what is not read here: a link out of it, data in other files, an unknown filter or type."""
+
+    code = "file_refused"
+    title = "The file holds what is not read here"
+    sentence = "'{path}' in the file is {found}, which is not read here. {advice}"
+    path: str
+    found: str
+    advice: str
+
+
+@dataclass(eq=False)
+class FileTooLarge(CellserveError):
+    """What an uploaded file declares is more than this server decompresses."""
+
+    code = "file_too_large"
+    title = "The file holds too much"
+    sentence = (
+        "'{path}' in the file declares {n_bytes:,} bytes once decompressed, this server reads {limit_bytes:,}. Store counts as a sparse matrix "
+        "(scipy.sparse.csr_matrix), or send fewer cells per file; answers do not depend on it."
+    )
+    path: str
+    n_bytes: int
+    limit_bytes: int
+
+
+@dataclass(eq=False)
+class NoRawCounts(CellserveError):
+    """No place of an uploaded file where raw counts are looked for holds any."""
+
+    code = "no_raw_counts"
+    title = "The file holds no raw counts"
+    sentence = (
+        "No raw counts were found in the file. {found}. Its layers are: {layers}. Name the place of the raw counts with ?layer=NAME (a layer, "
+        "or X) or ?use_raw=true (raw/X), or put them into layers['counts']."
+    )
+    found: str
+    layers: str
+
+
+@dataclass(eq=False)
+class FileReaderEnded(CellserveError):
+    """The process that reads uploaded files ended, or had to be ended, while it read this one; nothing else was affected."""
+
+    code = "file_reader_ended"
+    title = "Reading the file failed"
+    sentence = (
+        "The process that reads files ended ({reason}) while it read this one; no other request was affected. The file is probably damaged: "
+        "read it with anndata and write it anew. If it is not, send it again."
+    )
+    reason: str
+
+
+@dataclass(eq=False)
+class FileNeedsTooMuch(CellserveError):
+    """Reading an uploaded file takes more time or memory than one file may take."""
+
+    code = "file_needs_too_much"
+    title = "Reading the file takes too much"
+    sentence = (
+        "Reading the file takes more than the {limit:,} {unit} that one file may take here. Store counts as a csr matrix without large HDF5 "
+        "chunks, or send fewer cells per file; answers do not depend on it."
+    )
+    limit: int
+    unit: str
+
+
+@dataclass(eq=False)
+class AnswerNotWritten(CellserveError):
+    """The process that writes .h5ad answers ended while it wrote this one."""
+
+    code = "answer_not_written"
+    title = "The answer could not be written"
+    sentence = "The .h5ad file of the answer could not be written. {reason} The same answer can be had as Arrow, CSV or JSON (Accept)."
+    reason: str
+
+
+@dataclass(eq=False)
+class NoDiskSpace(CellserveError):
+    """The disk of the server has no room for an upload."""
+
+    code = "no_disk_space"
+    title = "No space on disk"
+    sentence = "The server's disk has no room for this upload or its answer. Try again later, or send smaller files."
+
+
 # --- genes and counts -----------------------------------------------------------------------------------------------------------
 
 

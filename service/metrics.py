@@ -181,6 +181,13 @@ CLIENT_BUDGET = Counter(
 )
 CLIENT_KEYS = Gauge("cellserve_client_keys", "Clients whose budget is being kept.")
 BODY_BYTES_IN_FLIGHT = Gauge("cellserve_body_bytes_in_flight", "Bytes of bodies held.")
+UPLOAD_BYTES_IN_FLIGHT = Gauge(
+    "cellserve_upload_bytes_in_flight", "Bytes of uploaded files, their counts and answers held on disk."
+)
+FILE_PROCESSES_ENDED = Counter(
+    "cellserve_file_processes_ended_total",
+    "Processes that read and write HDF5 files and ended, or had to be ended, at their work.",
+)
 MODEL_INFO = Gauge(
     "cellserve_model_info",
     "1 for each loaded version.",

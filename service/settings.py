@@ -1,10 +1,11 @@
 """Settings of the service: environment variables CELLSERVE_*. Read in app.py and cli.py only; below, plain arguments."""
 
 import os
+import tempfile
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field, SecretStr, ValidationError, model_validator
+from pydantic import DirectoryPath, Field, SecretStr, ValidationError, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 PREFIX = "CELLSERVE_"
@@ -52,6 +53,38 @@ class Settings(BaseSettings):
     )
     body_timeout_seconds: float = Field(
         60, gt=0, description="Seconds within which a body must have arrived. Beyond it: 408."
+    )
+    max_upload_bytes: int = Field(
+        2 * 2**30,
+        ge=1024,
+        description="Bytes of one .h5ad body, and of one matrix in it once decompressed. They lie on disk. Beyond it: 413.",
+    )
+    max_upload_bytes_in_flight: int = Field(
+        8 * 2**30,
+        ge=1024,
+        description="Bytes on disk of all .h5ad bodies, their counts and .h5ad answers at a time. Beyond it requests get 429 with Retry-After.",
+    )
+    upload_timeout_seconds: float = Field(
+        600,
+        gt=0,
+        allow_inf_nan=False,
+        description="Seconds within which an .h5ad body must have arrived. Beyond it: 408.",
+    )
+    upload_directory: DirectoryPath | None = Field(
+        None,
+        description="Directory of these files, which have no names there. By default the system's for temporary files; where that is in memory "
+        "(tmpfs), so are they.",
+    )
+    parse_seconds: float = Field(
+        120,
+        gt=0,
+        allow_inf_nan=False,
+        description="Seconds, of a processor and of the clock, that reading an .h5ad file may take. Beyond it: 413.",
+    )
+    parse_memory_bytes: int = Field(
+        2**30,
+        ge=2**28,
+        description="Address space of a process that reads .h5ad files, of which there are at most two. Beyond it: 413.",
     )
     timeout_seconds: float = Field(
         60, gt=0, description="Seconds that a chunk of an answer may take, its wait included. Beyond it: 504."
@@ -122,6 +155,16 @@ class Settings(BaseSettings):
             raise ValueError(
                 f"max_body_bytes ({self.max_body_bytes}) is above max_body_bytes_in_flight ({self.max_body_bytes_in_flight}): "
                 "such a body could never be read"
+            )
+        if self.upload_directory is not None:
+            try:
+                tempfile.TemporaryFile(dir=self.upload_directory).close()
+            except OSError as error:
+                raise ValueError(f"upload_directory ({self.upload_directory}) cannot be written to: {error}") from None
+        if self.max_upload_bytes > self.max_upload_bytes_in_flight:
+            raise ValueError(
+                f"max_upload_bytes ({self.max_upload_bytes}) is above max_upload_bytes_in_flight ({self.max_upload_bytes_in_flight}): "
+                "such an upload could never be read"
             )
         return self
 

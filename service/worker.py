@@ -12,6 +12,7 @@ from service.api.drain import drain_on_signal
 from service.api.limits import Intake
 from service.api.routes import build_api
 from service.api.state import State
+from service.api.uploads import Uploads
 from service.contract.store import Store
 from service.inference.answer_cache import AnswerCache
 from service.inference.batcher import Batcher
@@ -55,6 +56,18 @@ class Worker:
             batcher=batcher,
             shadows=Shadows(models, batcher),
             intake=Intake(settings.max_body_bytes, settings.max_body_bytes_in_flight, settings.body_timeout_seconds),
+            uploads=Uploads(
+                Intake(
+                    settings.max_upload_bytes,
+                    settings.max_upload_bytes_in_flight,
+                    settings.upload_timeout_seconds,
+                    metrics.UPLOAD_BYTES_IN_FLIGHT,
+                ),
+                settings.max_cells,
+                settings.parse_seconds,
+                settings.parse_memory_bytes,
+                settings.upload_directory,
+            ),
             parsers=self._parsers,
             max_cells=settings.max_cells,
             max_decoded_bytes=settings.max_decoded_bytes,
@@ -84,6 +97,7 @@ class Worker:
         self.state.shadows.stop()
         self.state.models.stop()
         await self.state.batcher.stop()
+        self.state.uploads.close()
         await asyncio.to_thread(self._parsers.shutdown)
         if self.state.traces is not None:
             await asyncio.to_thread(self.state.traces.stop)

@@ -11,9 +11,11 @@ from typing import Any
 import httpx
 import pytest
 
+from service import metrics
 from service.api.limits import Intake
 from service.api.routes import build_api
 from service.api.state import State
+from service.api.uploads import Uploads
 from service.contract import artifact
 from service.contract.store import Store
 from service.inference.answer_cache import AnswerCache
@@ -56,13 +58,27 @@ async def serving(store: Path, is_loaded: bool = True, **changes: Any) -> AsyncI
     intake = Intake(
         changes.pop("max_body_bytes", 2**24), changes.pop("max_bytes_in_flight", 2**25), changes.pop("body_timeout", 5)
     )
+    uploads = Uploads(
+        Intake(
+            changes.pop("max_upload_bytes", 2**24),
+            changes.pop("max_upload_bytes_in_flight", 2**26),
+            changes.pop("upload_timeout", 5),
+            metrics.UPLOAD_BYTES_IN_FLIGHT,
+        ),
+        changes.get("max_cells", 5_000),
+        changes.pop("parse_seconds", 20),
+        changes.pop("parse_memory_bytes", 2**30),
+        changes.pop("upload_directory", None),
+    )
     cache_bytes = changes.pop("cache_bytes", None)
     numbers = {"max_cells": 5_000, "max_decoded_bytes": 2**26, "timeout_seconds": 10.0, **changes}
     with ThreadPoolExecutor(2) as parsers:
         shadows = Shadows(models, batcher)
         if cache_bytes is not None:
             numbers["cached"] = CachedRuns(batcher, AnswerCache(cache_bytes), parsers)
-        state = State(models=models, batcher=batcher, shadows=shadows, intake=intake, parsers=parsers, **numbers)
+        state = State(
+            models=models, batcher=batcher, shadows=shadows, intake=intake, uploads=uploads, parsers=parsers, **numbers
+        )
         batcher.start()
         transport = httpx.ASGITransport(build_api(state), raise_app_exceptions=False)
         async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
@@ -71,6 +87,7 @@ async def serving(store: Path, is_loaded: bool = True, **changes: Any) -> AsyncI
         shadows.stop()
         models.stop()
         await batcher.stop()
+        uploads.close()
 
 
 @pytest.fixture

@@ -5,7 +5,9 @@ import re
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from typing import IO
 
+from prometheus_client import Gauge
 from starlette.requests import Request
 
 from service import metrics
@@ -19,6 +21,9 @@ class Intake:
     max_body_bytes: int
     max_bytes_in_flight: int
     timeout_seconds: float
+    held: Gauge = metrics.BODY_BYTES_IN_FLIGHT
+    """Shows the bytes that are held."""
+
     _n_bytes: int = 0
 
     @asynccontextmanager
@@ -36,20 +41,7 @@ class Intake:
             BodyTimeout: it did not arrive in time.
             EmptyBody: nothing arrived.
         """
-        encoding = request.headers.get("content-encoding", "identity")
-        if encoding.strip().lower() not in ("identity", *encodings):
-            raise UnsupportedMediaType(
-                header="Content-Encoding",
-                found=encoding[:60],
-                accepted=", ".join(encodings) or "identity (Arrow record batches may be compressed inside the stream)",
-            )
-        declared = request.headers.get("content-length")
-        if declared is not None and not re.fullmatch("[0-9]{1,18}", declared):
-            raise MalformedBody(problem=f"Content-Length must be a number of bytes, not '{declared[:40]}'.")
-        # A declared body takes its place at once; of an undeclared one each piece does.
-        held = int(declared) if declared is not None else 0
-        if held > self.max_body_bytes:
-            raise BodyTooLarge(limit_bytes=self.max_body_bytes)
+        held = self._declared(request, encodings)
         self.hold(held)
         try:
             pieces: list[bytes] = []
@@ -75,6 +67,53 @@ class Intake:
         finally:
             self.release(held)
 
+    @asynccontextmanager
+    async def spool(self, request: Request, file: IO[bytes]) -> AsyncIterator[None]:
+        """Write the body into an empty file; its bytes count as held until the block is left.
+
+        Raises:
+            UnsupportedMediaType, BodyTooLarge, TooManyBytes, BodyTimeout, EmptyBody: as of `body`.
+        """
+        held = self._declared(request, ())
+        self.hold(held)
+        n_bytes, loop = 0, asyncio.get_running_loop()
+        try:
+            try:
+                async with asyncio.timeout(self.timeout_seconds):
+                    async for piece in request.stream():
+                        n_bytes += len(piece)
+                        if n_bytes > self.max_body_bytes:
+                            raise BodyTooLarge(limit_bytes=self.max_body_bytes)
+                        if n_bytes > held:
+                            self.hold(n_bytes - held)
+                            held = n_bytes
+                        await loop.run_in_executor(None, file.write, piece)
+            except TimeoutError:
+                raise BodyTimeout(n_bytes=n_bytes, limit_seconds=self.timeout_seconds) from None
+            if not n_bytes:
+                raise EmptyBody
+            file.flush()
+            yield
+        finally:
+            self.release(held)
+
+    def _declared(self, request: Request, encodings: tuple[str, ...]) -> int:
+        """Bytes that a body is declared to have, which take their place at once; 0 where it is not, and each piece takes its own."""
+        encoding = request.headers.get("content-encoding", "identity")
+        if encoding.strip().lower() not in ("identity", *encodings):
+            raise UnsupportedMediaType(
+                header="Content-Encoding",
+                found=encoding[:60],
+                accepted=", ".join(encodings) or "identity (Arrow record batches may be compressed inside the stream)",
+            )
+        declared = request.headers.get("content-length")
+        if declared is not None and not re.fullmatch("[0-9]{1,18}", declared):
+            raise MalformedBody(problem=f"Content-Length must be a number of bytes, not '{declared[:40]}'.")
+        n_bytes = int(declared) if declared is not None else 0
+        if n_bytes > self.max_body_bytes:
+            raise BodyTooLarge(limit_bytes=self.max_body_bytes)
+        return n_bytes
+
     def hold(self, n_bytes: int) -> None:
         """Take room for bytes.
 
@@ -84,9 +123,9 @@ class Intake:
         if self._n_bytes + n_bytes > self.max_bytes_in_flight:
             raise TooManyBytes(n_bytes=n_bytes, limit_bytes=self.max_bytes_in_flight, retry_after_seconds=1)
         self._n_bytes += n_bytes
-        metrics.BODY_BYTES_IN_FLIGHT.inc(n_bytes)
+        self.held.inc(n_bytes)
 
     def release(self, n_bytes: int) -> None:
         """Give room back."""
         self._n_bytes -= n_bytes
-        metrics.BODY_BYTES_IN_FLIGHT.dec(n_bytes)
+        self.held.dec(n_bytes)

@@ -1,6 +1,6 @@
 """Which format comes in and which goes out: Content-Type and Accept."""
 
-from service.cells.formats import FORMATS
+from service.cells.formats import BODIES, FORMATS
 from service.cells.formats.format import Format
 from service.errors import NotAcceptable, UnsupportedMediaType
 
@@ -9,12 +9,12 @@ def body_format(content_type: str | None) -> Format:
     """The format of a body.
 
     Raises:
-        UnsupportedMediaType: Content-Type is missing or none of `FORMATS`.
+        UnsupportedMediaType: Content-Type is missing or none of `BODIES`.
     """
     media_type = (content_type or "").partition(";")[0].strip().lower()
-    if media_type not in FORMATS:
-        raise UnsupportedMediaType(header="Content-Type", found=(content_type or "")[:100], accepted=", ".join(FORMATS))
-    return FORMATS[media_type]
+    if media_type not in BODIES:
+        raise UnsupportedMediaType(header="Content-Type", found=(content_type or "")[:100], accepted=", ".join(BODIES))
+    return BODIES[media_type]
 
 
 def answer_format(accept: str | None, body: Format) -> Format:

@@ -3,9 +3,11 @@
 from http import HTTPStatus
 from typing import Any
 
+from pydantic import BaseModel
+
 from service.api import oip_openapi, problems
 from service.api.tasks import MODEL_OPTION
-from service.cells.formats import FORMATS
+from service.cells.formats import BODIES, FORMATS
 from service.inference import TASKS
 from service.inference.task import Task
 
@@ -96,7 +98,7 @@ def document() -> dict[str, Any]:
 
 
 def _operation(task: Task) -> dict[str, Any]:
-    options = task.options.model_json_schema()
+    schemas = [options.model_json_schema() for options in (task.options, *_body_options())]
     parameters = [
         {
             "name": MODEL_OPTION,
@@ -110,13 +112,14 @@ def _operation(task: Task) -> dict[str, Any]:
         {
             "name": name,
             "in": "query",
-            "required": name in options.get("required", ()),
+            "required": name in schema.get("required", ()),
             "description": field.get("description", ""),
             "schema": {key: value for key, value in field.items() if key not in ("description", "title", "default")},
         }
-        for name, field in options.get("properties", {}).items()
+        for schema in schemas
+        for name, field in schema.get("properties", {}).items()
     ]
-    bodies = "\n".join(f"- `{form.media_type}`: {form.description}" for form in FORMATS.values())
+    bodies = "\n".join(f"- `{form.media_type}`: {form.description}" for form in BODIES.values())
     return {
         "operationId": task.name,
         "summary": task.summary,
@@ -125,7 +128,7 @@ def _operation(task: Task) -> dict[str, Any]:
         "parameters": parameters,
         "requestBody": {
             "required": True,
-            "content": {form.media_type: {"schema": form.schema} for form in FORMATS.values()},
+            "content": {form.media_type: {"schema": form.schema} for form in BODIES.values()},
         },
         "responses": {
             "200": {
@@ -147,7 +150,14 @@ def _operation(task: Task) -> dict[str, Any]:
     }
 
 
+def _body_options() -> list[type[BaseModel]]:
+    """Query parameters that say how a body is to be read."""
+    return [form.options for form in BODIES.values() if form.options is not None]
+
+
 def _answer_schema(media_type: str) -> dict[str, Any]:
+    if media_type == "text/csv":
+        return {"type": "string"}
     if media_type != "application/json":
         return {"type": "string", "format": "binary"}
     return {

@@ -28,11 +28,16 @@ STATUS: dict[type[errors.CellserveError], int] = {
     errors.MethodNotAllowed: 405,
     errors.NotAcceptable: 406,
     errors.BodyTimeout: 408,
+    errors.FileReaderEnded: 400,
     errors.BodyTooLarge: 413,
+    errors.FileTooLarge: 413,
+    errors.FileNeedsTooMuch: 413,
     errors.TooManyCells: 413,
     errors.UnsupportedMediaType: 415,
     errors.InvalidCells: 422,
     errors.NoCells: 422,
+    errors.FileRefused: 422,
+    errors.NoRawCounts: 422,
     errors.TooFewGenes: 422,
     errors.NotRawCounts: 422,
     errors.QueueFull: 429,
@@ -40,6 +45,7 @@ STATUS: dict[type[errors.CellserveError], int] = {
     errors.TooManyBytes: 429,
     errors.ClientBudgetSpent: 429,
     errors.CellserveError: 500,
+    errors.AnswerNotWritten: 500,
     errors.InvalidArtifact: 500,
     errors.VersionExists: 500,
     errors.ProviderUnavailable: 500,
@@ -51,6 +57,7 @@ STATUS: dict[type[errors.CellserveError], int] = {
     errors.ShuttingDown: 503,
     errors.RequestTimeout: 504,
     errors.DeadlinePassed: 504,
+    errors.NoDiskSpace: 507,
 }
 PROTOCOL_PATH = "/v2"
 """Below it the Open Inference Protocol is spoken, which has a form of its own for errors."""

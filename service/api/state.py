@@ -13,6 +13,7 @@ from service.api.client_budget import ClientBudgets
 from service.api.limits import Intake
 from service.api.oip_statistics import Statistics
 from service.api.progress import Progress
+from service.api.uploads import Uploads
 from service.cells.columns import Columns
 from service.inference.batcher import Batcher, Timing, Work
 from service.inference.cached import CachedRuns
@@ -31,6 +32,7 @@ class State:
     batcher: Batcher
     shadows: Shadows
     intake: Intake
+    uploads: Uploads
     parsers: ThreadPoolExecutor
     """Threads that read bodies and align genes; their number bounds the memory that parsing takes."""
 

@@ -18,6 +18,7 @@ from service.api.drift import observe_answers, observe_query
 from service.api.negotiation import answer_format, body_format
 from service.api.stages import until_queue
 from service.api.state import State, state
+from service.api.uploads import read_places
 from service.cells.columns import Columns, n_cells
 from service.cells.formats.arrow import FORMAT as ARROW
 from service.cells.formats.format import Format, Writer
@@ -56,10 +57,14 @@ def endpoint(task: Task) -> Endpoint:
         body_type = body_format(request.headers.get("content-type"))
         answer_type = answer_format(request.headers.get("accept"), body_type)
         model = await find_model(app, request, task)
-        options = query_options(request)
+        options, places = _split(query_options(request), body_type)
         work = Work(model=model, task=task, options=task.read_options(options, model))
         if request.headers.get(streaming.HEADER) == "1":
             return await _stream(app, request, work, body_type, answer_type)
+        if body_type.is_file:
+            async with app.uploads.query(request, model, read_places(places)) as (query, seconds):
+                # What was sent is not there any more for a shadow to compute it again.
+                return await _answer(app, work, query, seconds, answer_type, deadline, lambda _: None)
         started = time.monotonic()
         async with app.intake.body(request) as body, cancelled_on_disconnect(request):
             received = time.monotonic()
@@ -114,6 +119,15 @@ def query_options(request: Request) -> dict[str, str]:
     return {name: value for name, value in items if name != MODEL_OPTION}
 
 
+def _split(options: dict[str, str], body_type: Format) -> tuple[dict[str, str], dict[str, str]]:
+    """Options of the task, and those that say how the body is to be read."""
+    of_body = body_type.options.model_fields if body_type.options is not None else {}
+    return (
+        {name: value for name, value in options.items() if name not in of_body},
+        {name: value for name, value in options.items() if name in of_body},
+    )
+
+
 def read_deadline(request: Request) -> float:
     """When the answer is of no more use to the client, on the clock of `time.monotonic`; infinity where it does not say.
 
@@ -130,6 +144,7 @@ def read_deadline(request: Request) -> float:
 
 def _read(app: State, model: Model, body_type: Format, body: bytes) -> tuple[Query, dict[str, float]]:
     """A request's cells, ready for the model, and the seconds that each stage took. Runs in a parser thread."""
+    assert body_type.read is not None, "a file is read elsewhere"
     started = time.perf_counter()
     cells = body_type.read(body, app.max_decoded_bytes)
     if len(cells) > app.max_cells:
@@ -204,6 +219,8 @@ async def _answer(
         **cache_header(query.counts.shape[0], timing),
     }
     pieces = _pieces(app, work, query, answer_type.writer(), seconds, timing, first, chunks)
+    if answer_type.is_file:
+        return await app.uploads.respond(pieces, headers, answer_type.media_type, app.timeout_seconds)
     if is_whole:
         content = b"".join([piece async for piece in pieces])
         return Response(content, headers=headers, media_type=answer_type.media_type)

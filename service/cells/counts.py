@@ -45,13 +45,21 @@ class CountsReport:
     largest_library: float = 0.0
     """Counts of the cell that has most; below `MAX_EXACT`, float32 sums of a cell's counts are exact."""
 
+    source: str | None = None
+    """Where in an uploaded file the counts were: X, raw/X or layers/<name>."""
+
     def as_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
-        return {"n_cells": self.n_cells, "n_empty": self.n_empty, "warnings": list(self.warnings)}
+        plain = {"n_cells": self.n_cells, "n_empty": self.n_empty, "warnings": list(self.warnings)}
+        return plain if self.source is None else {**plain, "source": self.source}
 
 
-def check_raw(cells: Cells) -> CountsReport:
+def check_raw(cells: Cells, n_before: int = 0) -> CountsReport:
     """Look at every value and refuse what is no raw count.
+
+    Args:
+        cells: some or all of a request.
+        n_before: cells of the request that came before these, for messages.
 
     Returns:
         The number of empty cells, and warnings about values that are possible but suspicious.
@@ -66,19 +74,21 @@ def check_raw(cells: Cells) -> CountsReport:
     if not (np.isfinite(lowest) and np.isfinite(highest)):
         raise _refusal(
             cells,
+            n_before,
             ~np.isfinite(values),
             "not finite",
             "NaN and infinity are no counts: a step before this one divided by zero or overflowed.",
         )
     if lowest < 0:
-        raise _refusal(cells, values < 0, "negative", "The values look scaled or centred. Send raw counts.")
+        raise _refusal(cells, n_before, values < 0, "negative", "The values look scaled or centred. Send raw counts.")
     if kind == "f":
         fractional = values != np.rint(values)
         if fractional.any():
-            raise _refusal(cells, fractional, "fractional", _normalisation(values))
+            raise _refusal(cells, n_before, fractional, "fractional", _normalisation(values))
     if highest > MAX_EXACT:
         raise _refusal(
             cells,
+            n_before,
             values > MAX_EXACT,
             f"over {MAX_EXACT:,}",
             "No cell yields that many counts of one gene; beyond it they are not exact.",
@@ -124,14 +134,14 @@ def _normalisation(values: NDArray[Any]) -> str:
     )
 
 
-def _refusal(cells: Cells, is_wrong: NDArray[np.bool_], kind: str, hint: str) -> NotRawCounts:
+def _refusal(cells: Cells, n_before: int, is_wrong: NDArray[np.bool_], kind: str, hint: str) -> NotRawCounts:
     """The error for the first wrong value, with the number of wrong values in its cell."""
     first = int(np.argmax(is_wrong))
     row = int(np.searchsorted(cells.counts.indptr, first, side="right")) - 1
     in_row = slice(cells.counts.indptr[row], cells.counts.indptr[row + 1])
     name = f" ('{cells.cell_ids[row][:40]}')" if cells.cell_ids else ""
     return NotRawCounts(
-        cell=f"Cell {row}{name}",
+        cell=f"Cell {n_before + row}{name}",
         kind=kind,
         n_values=int(is_wrong[in_row].sum()),
         value=f"{cells.counts.data[first]:.6g}",

@@ -84,6 +84,7 @@ class Shadows:
         model = self._models.load_now(shadow)
         options = answered.task.read_options(answered.options, model)
         try:
+            assert answered.body_type.read is not None, "a file is not offered"
             query = prepare(model, answered.body_type.read(answered.body, MAX_DECODED_BYTES))
         except BodyTooLarge:
             return None

@@ -35,6 +35,9 @@ def test_defaults(monkeypatch: pytest.MonkeyPatch) -> None:
         ("CELLSERVE_UNKNOWN", "1", "CELLSERVE_UNKNOWN is no setting. The settings are: CELLSERVE_"),
         ("CELLSERVE_MAX_CELLS", "999999999", "above max_queue_rows"),
         ("CELLSERVE_MAX_BODY_BYTES", "9999999999", "could never be read"),
+        ("CELLSERVE_MAX_UPLOAD_BYTES", "99999999999", "such an upload could never be read"),
+        ("CELLSERVE_UPLOAD_DIRECTORY", "/nowhere", "CELLSERVE_UPLOAD_DIRECTORY is '/nowhere'"),
+        ("CELLSERVE_UPLOAD_DIRECTORY", "/proc", r"upload_directory \(/proc\) cannot be written to"),
     ],
 )
 def test_what_is_wrong_is_named(monkeypatch: pytest.MonkeyPatch, name: str, value: str, found: str) -> None:

@@ -4,6 +4,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from pydantic import BaseModel
+
 from service.cells.columns import Columns
 from service.cells.counts import Cells
 from service.errors import InvalidCells
@@ -30,15 +32,27 @@ class Format:
     """One media type."""
 
     media_type: str
-    read: Callable[[bytes, int], Cells]
-    """(body, most bytes that it may decode to) → cells. Raises MalformedBody, InvalidCells, NoCells, BodyTooLarge."""
-
     writer: Callable[[], Writer]
     description: str
     """How cells are laid out in it, Markdown for the API's documentation."""
 
     schema: dict[str, Any]
     """JSON Schema of the request body, for OpenAPI."""
+
+    read: Callable[[bytes, int], Cells] | None = None
+    """(body, most bytes that it may decode to) → cells. Raises MalformedBody, InvalidCells, NoCells, BodyTooLarge. None where bodies are not
+    read from memory: a format of answers only, or of files."""
+
+    is_file: bool = False
+    """Bodies and answers are whole files on disk, read and written by another process; what `writer` writes is what it makes them of."""
+
+    options: type[BaseModel] | None = None
+    """Query parameters that say how a body is to be read."""
+
+    @property
+    def is_body(self) -> bool:
+        """Whether cells can be sent in it; answers can be had in every format."""
+        return self.read is not None or self.is_file
 
 
 def check_names(names: object, what: str) -> tuple[str, ...]:
