@@ -24,6 +24,7 @@ STATUS: dict[type[errors.CellserveError], int] = {
     errors.RouteNotFound: 404,
     errors.ModelNotFound: 404,
     errors.TaskNotOffered: 404,
+    errors.NoReference: 404,
     errors.MethodNotAllowed: 405,
     errors.NotAcceptable: 406,
     errors.BodyTimeout: 408,

@@ -11,7 +11,11 @@ from service.cells.genes import GeneIndex, densify
 from service.contract.artifact import Artifact
 from service.contract.manifest import Manifest
 from service.errors import GoldenMismatch
+from service.inference.nearest import Nearest
 from service.inference.session import Runtime, Session
+
+VARIANCE = "expression_variance"
+"""Output of `decode` of a model whose likelihood is one of counts."""
 
 
 @dataclass(frozen=True)
@@ -23,6 +27,8 @@ class Model:
     sessions: dict[str, Session]
     runtime: Runtime
     card: str
+    reference: Nearest | None = None
+    """The reference cells, where the artifact carries them."""
 
     @property
     def id(self) -> str:
@@ -58,7 +64,12 @@ class Model:
         return self.decode_all(latent, library_size, batch)["expression"]
 
     def decode_all(
-        self, latent: NDArray[np.float32], library_size: NDArray[np.float32], batch: str | None = None
+        self,
+        latent: NDArray[np.float32],
+        library_size: NDArray[np.float32],
+        batch: str | None = None,
+        genes: NDArray[np.intp] | None = None,
+        has_variance: bool = False,
     ) -> dict[str, NDArray[np.float32]]:
         """Everything that the decoder gives.
 
@@ -66,18 +77,35 @@ class Model:
             latent: shape (n_cells, n_latent).
             library_size: counts per cell, over the model's genes, shape (n_cells,).
             batch: a batch of the reference, or "average" over all; None for the manifest's default.
+            genes: positions of the genes to give, all by default. The others are computed, since a share is one of all genes, and dropped
+                piece by piece.
+            has_variance: give `expression_variance` too; the graph must have it.
 
         Returns:
-            By name, float32: `expression`, expected counts of shape (n_cells, n_genes), and the manifest's modalities.
+            By name, float32: `expression`, expected counts of shape (n_cells, n_genes); `expression_variance` if asked for, in counts²,
+            likewise, over the batches too where it is an average over them; and the manifest's modalities.
         """
         chosen = self._batch_indices(batch or self.manifest.batch.decode_default)
+        per_gene = ("expression", VARIANCE)
+        keep = {
+            name: genes if name in per_gene else None
+            for name in self.sessions["decode"].outputs
+            if has_variance or name != VARIANCE
+        }
         total: dict[str, NDArray[np.float32]] = {}
         for index in chosen:
             codes = np.full(len(latent), index, dtype=np.int64)
-            found = self.sessions["decode"].run({"latent": latent, "library": library_size, "batch": codes})
+            found = self.sessions["decode"].run({"latent": latent, "library": library_size, "batch": codes}, keep)
+            if has_variance and len(chosen) > 1:
+                # The law of total variance: of a mixture of batches, the mean of variance plus squared mean, less the squared mean of all.
+                found[VARIANCE] += np.square(found["expression"])
             total = {name: total[name] + array for name, array in found.items()} if total else found
         assert total, "a manifest names at least one batch where it has a decoder"
-        return {name: array / np.float32(len(chosen)) for name, array in total.items()} if len(chosen) > 1 else total
+        if len(chosen) > 1:
+            total = {name: array / np.float32(len(chosen)) for name, array in total.items()}
+            if has_variance:
+                total[VARIANCE] = np.maximum(total[VARIANCE] - np.square(total["expression"]), np.float32(0))
+        return total
 
     def _batch_indices(self, batch: str) -> list[int]:
         """What the decoder is run with, and averaged over."""
@@ -86,18 +114,27 @@ class Model:
             return [policy.names.index(batch)]
         return list(range(len(policy.names))) if policy.average_index is None else [policy.average_index]
 
-    def classify(self, counts: sp.csr_matrix) -> dict[str, NDArray[np.float32]]:
+    def classify(
+        self, counts: sp.csr_matrix, latent: NDArray[np.float32] | None = None
+    ) -> dict[str, NDArray[np.float32]]:
         """Class probabilities by label level, each float32 of shape (n_cells, n_classes), of raw counts (n_cells, n_genes).
 
-        The graph says what it is a function of: the latent, or the counts themselves.
+        The graph says what it is a function of: the latent, or the counts themselves. `latent` saves encoding where it is known.
         """
         if not counts.shape[0]:
             return {level.name: np.zeros((0, len(level.classes)), dtype=np.float32) for level in self.manifest.labels}
         if any(tensor.name == "counts" for tensor in self.manifest.graphs["classify"].inputs):
             outputs = self._run_counts("classify", counts)
         else:
-            outputs = self.sessions["classify"].run({"latent": self.encode(counts)})
+            outputs = self.sessions["classify"].run({"latent": self.encode(counts) if latent is None else latent})
         return {level.name: outputs[f"probabilities_{level.name}"] for level in self.manifest.labels}
+
+
+    def project(self, latent: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Coordinates in the reference's UMAP, float32 (n_cells, 2), of latents (n_cells, n_latent); the artifact must hold `project`."""
+        if not len(latent):
+            return np.zeros((0, 2), dtype=np.float32)
+        return self.sessions["project"].run({"latent": latent})["umap"]
 
 
 class _Buffers(threading.local):
@@ -150,4 +187,5 @@ def load(artifact: Artifact, runtime: Runtime, is_quiet: bool = False) -> Model:
         sessions=sessions,
         runtime=runtime,
         card=artifact.card,
+        reference=Nearest(artifact.reference) if artifact.reference is not None else None,
     )

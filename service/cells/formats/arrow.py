@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 import scipy.sparse as sp
 
-from service.cells.columns import Columns, Labels, Vectors
+from service.cells.columns import Columns, LabelLists, Labels, Vectors
 from service.cells.counts import Cells, csr
 from service.cells.formats.arrow_limits import check_decoded_size
 from service.cells.formats.format import Format, check_names
@@ -184,6 +184,11 @@ class ArrowWriter:
             metadata = None
             if isinstance(column, Labels):
                 array = pa.DictionaryArray.from_arrays(_arrow(column.codes), _strings(column.words))
+            elif isinstance(column, LabelLists):
+                # Plain words, only those that occur: the ids of all reference cells would outweigh a small answer.
+                used, codes = np.unique(column.codes, return_inverse=True)
+                words = _strings([column.words[code] for code in used]).take(pa.array(codes.reshape(-1)))
+                array = pa.FixedSizeListArray.from_arrays(words, column.codes.shape[1])
             elif isinstance(column, Vectors):
                 width = column.values.shape[1]
                 array = pa.FixedSizeListArray.from_arrays(_arrow(column.values.reshape(-1)), width)
