@@ -305,7 +305,11 @@ def fill(adata: ad.AnnData, answers: list[pa.Table], counts_source: str) -> ad.A
     answer = adata.copy()
     for field in table.schema:
         column = table.column(field.name).combine_chunks()
-        if pa.types.is_fixed_size_list(field.type):
+        if pa.types.is_fixed_size_list(field.type) and pa.types.is_string(field.type.value_type):
+            words = np.array(column.flatten().to_pylist(), dtype=object).reshape(len(column), field.type.list_size)
+            names = [str(number) for number in range(1, field.type.list_size + 1)]
+            answer.obsm[field.name] = pd.DataFrame(words, index=answer.obs_names, columns=names)
+        elif pa.types.is_fixed_size_list(field.type):
             values = column.flatten().to_numpy().reshape(len(column), field.type.list_size)
             names = json.loads((field.metadata or {}).get(b"names", b"null"))
             if names is not None:

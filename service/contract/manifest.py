@@ -288,15 +288,12 @@ class Manifest(Strict):
                 raise ValueError(f"batch.{key} '{name}' is no batch of the reference")
         decoded = {output.name: output for output in self.graphs["decode"].outputs} if "decode" in self.graphs else {}
         if (variance := decoded.get("expression_variance")) and variance.shape != ("n", self.genes.n_genes):
-            raise ValueError(f"the output expression_variance of decode is not of shape [n, {self.genes.n_genes}]")
+            raise ValueError(f"the output expression_variance of decode is not of shape [n, n_genes], [n, {self.genes.n_genes}]")
         if "project" in self.graphs and (
             [tensor.name for tensor in self.graphs["project"].inputs] != ["latent"]
             or [(tensor.name, tensor.shape) for tensor in self.graphs["project"].outputs] != [("umap", ("n", 2))]
         ):
             raise ValueError("project does not take latent and give umap of shape [n, 2]")
-        levels = {level.name for level in self.labels}
-        if self.reference and self.reference.vote and (unlike := sorted(set(self.reference.vote.answers) - levels)):
-            raise ValueError(f"reference.vote.answers names {unlike[0]}, which is no label level")
         for modality in self.modalities:
             output = decoded.get(modality.name)
             if output is None or output.shape != ("n", len(modality.features)):
@@ -310,6 +307,9 @@ class Manifest(Strict):
                 raise ValueError(
                     f"classify has no output probabilities_{level.name} of shape [n, {len(level.classes)}]"
                 )
+        levels = {level.name for level in self.labels}
+        if self.reference and self.reference.vote and (unlike := sorted(set(self.reference.vote.answers) - levels)):
+            raise ValueError(f"reference.vote.answers names {unlike[0]}, which is no label level")
         return self
 
     @property
