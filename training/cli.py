@@ -127,7 +127,8 @@ def reproduce(config: ConfigPath, store: StorePath = Path("models_store"), setti
         made = run.fit(wanted, Path(scratch) / "run")
         again = artifact.read_manifest(exporting.export(made, Path(scratch) / "store"))
     table = Table("graph", f"sha256 in {shipped.id}", "sha256 again", "same")
-    names = sorted({*shipped.graphs, *again.graphs})
+    # A version that was exported before there was a further graph is reproduced without it.
+    names = sorted(shipped.graphs)
     digests = [
         tuple(
             manifest.files[f"{name}.onnx"].sha256 if name in manifest.graphs else "-" for manifest in (shipped, again)

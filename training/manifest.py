@@ -18,10 +18,11 @@ from service.contract.manifest import (
     Provenance,
 )
 from service.inference.session import Runtime, Session
-from training import archive, imputation, parity
+from training import archive, imputation, parity, reference_space
 from training.data import source
 from training.data.prepared import encode_cells
 from training.data.splits import TEST, VALIDATION
+from training.exported import Exported
 from training.families.family import Imputed
 from training.gene_names import gene_table, has_ensembl_ids
 from training.onnx_graph import signature, to_onnx
@@ -31,23 +32,38 @@ from training.run import Run
 GENES, GOLDEN = "genes.tsv", "golden.npz"
 
 
-def build(run: Run, version: str) -> tuple[Manifest, dict[str, bytes]]:
+def build(run: Run, version: str, with_projection: bool = True) -> tuple[Manifest, dict[str, bytes]]:
     """Manifest and files of a run, compared with torch in float64 on held-out cells; the card is still empty.
+
+    Args:
+        run: finished.
+        version: its name.
+        with_projection: false for a model that is thrown away again: the picture of the reference takes the most time.
 
     Raises:
         OutsideTolerance: they disagree.
     """
     torch.manual_seed(run.config.seed)
     inputs = held_out_inputs(run, run.config.export.n_parity)
-    graphs = run.family.graphs()
+    exported = Exported(run.family, run.config.export.spread)
+    graphs = exported.graphs()
     example = {name: torch.from_numpy(array[:2]) for name, array in inputs.items()}
     example["latent"] = torch.zeros(2, run.config.hyperparameters.n_latent)
     contents = {f"{name}.onnx": to_onnx(graph, example) for name, graph in graphs.items()}
     signatures = {name: signature(contents[f"{name}.onnx"], f"{name}.onnx") for name in graphs}
     sessions = {name: Session(contents[graph.file], graph, Runtime(), graph.file) for name, graph in signatures.items()}
+    space = reference_space.build(run, sessions, with_projection)
+    if space is not None and space.projector is not None:
+        exported.projector = space.projector
+        graphs = exported.graphs()
+        contents["project.onnx"] = to_onnx(graphs["project"], example)
+        signatures["project"] = signature(contents["project.onnx"], "project.onnx")
+        sessions["project"] = Session(
+            contents["project.onnx"], signatures["project"], Runtime(), signatures["project"].file
+        )
     input_names = {name: graph.inputs for name, graph in graphs.items()}
     differences = parity.compare(
-        parity.run_sessions(sessions, input_names, inputs), parity.run_torch(run.family, inputs)
+        parity.run_sessions(sessions, input_names, inputs), parity.run_torch(exported, inputs)
     )
     golden = parity.run_sessions(sessions, input_names, golden_inputs(run))
     golden_tolerance = {
@@ -57,6 +73,7 @@ def build(run: Run, version: str) -> tuple[Manifest, dict[str, bytes]]:
     }
     table = gene_table(run.family, run.prepared, run.config.species)
     contents |= {GENES: table.dump(), GOLDEN: archive.dump(golden), artifact.CARD: b""}
+    contents |= space.contents if space is not None else {}
     manifest = Manifest(
         name=run.config.name,
         version=version,
@@ -76,6 +93,8 @@ def build(run: Run, version: str) -> tuple[Manifest, dict[str, bytes]]:
         batch=batch_policy(run),
         labels=label_levels(run) if "classify" in graphs else (),
         modalities=tuple(modality(run, found) for found in run.family.imputes),
+        reference=space.manifest if space is not None else None,
+        metrics=space.metrics if space is not None else {},
         golden=Golden(file=GOLDEN, tolerance=golden_tolerance),
         parity=Parity(n_cells=len(inputs["counts"]), outputs=differences),
         provenance=provenance(run),

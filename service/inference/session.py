@@ -147,6 +147,7 @@ class Session:
                 raise InvalidArtifact(path=path, problem=f"its {kind} are {described}, not those of the manifest")
         self._pool = runtime.pool
         self._is_quiet = False
+        self.inputs = tuple(tensor.name for tensor in graph.inputs)
         self.outputs = tuple(tensor.name for tensor in graph.outputs)
         self.shapes = SHAPES
 
