@@ -62,9 +62,7 @@ def build(run: Run, version: str, with_projection: bool = True) -> tuple[Manifes
             contents["project.onnx"], signatures["project"], Runtime(), signatures["project"].file
         )
     input_names = {name: graph.inputs for name, graph in graphs.items()}
-    differences = parity.compare(
-        parity.run_sessions(sessions, input_names, inputs), parity.run_torch(exported, inputs)
-    )
+    differences = parity.compare(parity.run_sessions(sessions, input_names, inputs), parity.run_torch(exported, inputs))
     golden = parity.run_sessions(sessions, input_names, golden_inputs(run))
     golden_tolerance = {
         f"{name}/{tensor.name}": parity.tolerance(f"{name}/{tensor.name}", golden[f"{name}/{tensor.name}"])

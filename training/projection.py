@@ -102,9 +102,7 @@ def measure_projection(
         # A reference cell is its own nearest.
         near = cells.search(points[chosen], N_NEIGHBOURS + 1)[0][:, 1 - is_held_out :][:, :N_NEIGHBOURS]
         middle = np.median(umap[near], axis=1)
-        figures[f"umap_distance_{name}"] = float(
-            np.median(np.linalg.norm(places[chosen] - middle, axis=1)) / radius
-        )
+        figures[f"umap_distance_{name}"] = float(np.median(np.linalg.norm(places[chosen] - middle, axis=1)) / radius)
     return figures
 
 

@@ -33,7 +33,10 @@ def write(manifest: Manifest) -> list[str]:
             + " ".join(
                 f"Of {name}: trustworthiness {figures[f'umap_trustworthiness_{key}']:.3f}, median distance from the middle of their 15 "
                 f"nearest reference cells {figures[f'umap_distance_{key}']:.3f} of the picture's radius."
-                for key, name in (("reference", "reference cells"), ("held_out", "validation cells, through the network"))
+                for key, name in (
+                    ("reference", "reference cells"),
+                    ("held_out", "validation cells, through the network"),
+                )
                 if f"umap_distance_{key}" in figures
             )
             + " Distances between groups on such a picture mean little; neighbours are those of the latent space."

@@ -16,7 +16,6 @@ from service.inference.nearest import Nearest
 from service.inference.session import Session
 from training.data.minibatches import Cells
 from training.data.prepared import encode_cells
-from training.data.stored_cells import StoredCells
 from training.projection import Projector, fit_projection, measure_projection
 from training.run import Run
 
@@ -183,7 +182,7 @@ def score(run: Run, model: Model, query_sets: Mapping[str, NDArray[np.int64]]) -
         figures |= {f"{metric}_vote_{name}": value for metric, value in found.items()}
         for batch in np.unique(cells.batch):
             others, here = np.flatnonzero(held.batch != batch), cells.batch == batch
-            if len(others) >= reference.vote.n_neighbours and 0 <= batch:
+            if len(others) >= reference.vote.n_neighbours and batch >= 0:
                 part = ReferenceCells((), held.batch[others], {}, held.latent[others])
                 nearest = Nearest(part).search(latent[here], reference.vote.n_neighbours)
                 labels = {first: held.labels[first][others]}

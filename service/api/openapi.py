@@ -25,7 +25,9 @@ def document() -> dict[str, Any]:
     model = _get("A model's manifest and card", "models", _json({"type": "object"}), [name], _OF_MODELS)
     genes = _get("A model's genes in graph order", "models", _text("text/tab-separated-values"), [name], _OF_MODELS)
     drawn = {
-        form.media_type: {"schema": {"type": "object"} if "json" in form.media_type else {"type": "string", "format": "binary"}}
+        form.media_type: {
+            "schema": {"type": "object"} if "json" in form.media_type else {"type": "string", "format": "binary"}
+        }
         for form in FORMATS.values()
     }
     reference = _get(

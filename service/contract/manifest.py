@@ -288,7 +288,9 @@ class Manifest(Strict):
                 raise ValueError(f"batch.{key} '{name}' is no batch of the reference")
         decoded = {output.name: output for output in self.graphs["decode"].outputs} if "decode" in self.graphs else {}
         if (variance := decoded.get("expression_variance")) and variance.shape != ("n", self.genes.n_genes):
-            raise ValueError(f"the output expression_variance of decode is not of shape [n, n_genes], [n, {self.genes.n_genes}]")
+            raise ValueError(
+                f"the output expression_variance of decode is not of shape [n, n_genes], [n, {self.genes.n_genes}]"
+            )
         if "project" in self.graphs and (
             [tensor.name for tensor in self.graphs["project"].inputs] != ["latent"]
             or [(tensor.name, tensor.shape) for tensor in self.graphs["project"].outputs] != [("umap", ("n", 2))]

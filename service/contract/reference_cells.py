@@ -92,7 +92,9 @@ def _rows(content: bytes, n_cells: int, file: str) -> tuple[list[list[str]], tup
     rows = [line.split("\t") for line in lines[1:]]
     for number, row in enumerate(rows, start=2):
         if len(row) != len(header) or not row[0]:
-            raise ValueError(f"{file}: line {number} must have {len(header)} tab-separated columns, the first not empty")
+            raise ValueError(
+                f"{file}: line {number} must have {len(header)} tab-separated columns, the first not empty"
+            )
     return rows, header[2:]
 
 

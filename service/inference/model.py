@@ -129,7 +129,6 @@ class Model:
             outputs = self.sessions["classify"].run({"latent": self.encode(counts) if latent is None else latent})
         return {level.name: outputs[f"probabilities_{level.name}"] for level in self.manifest.labels}
 
-
     def project(self, latent: NDArray[np.float32]) -> NDArray[np.float32]:
         """Coordinates in the reference's UMAP, float32 (n_cells, 2), of latents (n_cells, n_latent); the artifact must hold `project`."""
         if not len(latent):

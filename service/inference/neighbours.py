@@ -25,7 +25,9 @@ def vote(model: Model, latent: NDArray[np.float32]) -> dict[str, NDArray[np.floa
     assert reference is not None
     assert reference.vote is not None
     positions, distances = model.reference.search(latent, reference.vote.n_neighbours)
-    n_classes = {level.name: len(level.classes) for level in model.manifest.labels if level.name in reference.vote.answers}
+    n_classes = {
+        level.name: len(level.classes) for level in model.manifest.labels if level.name in reference.vote.answers
+    }
     return shares(reference.vote, model.reference.cells.labels, n_classes, positions, distances)
 
 

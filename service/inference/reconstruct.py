@@ -40,7 +40,9 @@ class ReconstructOptions(Options):
     def check(self, model: Model) -> None:
         """Refuse genes and batches that the model does not have, and a spread that its decoder does not give."""
         if self.spread and VARIANCE not in model.sessions["decode"].outputs:
-            raise InvalidOption(name="spread", problem=f"{model.id} has no likelihood of counts, or was exported without it.")
+            raise InvalidOption(
+                name="spread", problem=f"{model.id} has no likelihood of counts, or was exported without it."
+            )
         self.positions(model)
         if model.manifest.batch.unseen == "refuse" and not self._has_batch(model):
             known = ", ".join(("average", *model.manifest.batch.names))

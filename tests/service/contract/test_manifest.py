@@ -96,7 +96,9 @@ def test_unknown_fields_anywhere(tmp_path: Path, at: tuple[Any, ...]) -> None:
         read(tmp_path, with_value((*at, "surprise"), 1))
 
 
-REQUIRED = [(key,) for key in DOCUMENT if key not in ("labels", "reference")] + [("genes", key) for key in DOCUMENT["genes"]]
+REQUIRED = [(key,) for key in DOCUMENT if key not in ("labels", "reference")] + [
+    ("genes", key) for key in DOCUMENT["genes"]
+]
 
 
 @pytest.mark.parametrize("at", REQUIRED, ids=dotted)
