@@ -214,7 +214,9 @@ class NoReference(CellserveError):
 
     code = "no_reference"
     title = "The model carries no reference cells"
-    sentence = "Model '{model}' was exported without its reference cells, so there is nothing to map to or to draw. Export it with them (docs/map.md)."
+    sentence = (
+        "Model '{model}' was exported without its reference cells: there is nothing to map to or to draw (docs/map.md)."
+    )
     model: str
 
 
