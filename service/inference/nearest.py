@@ -4,8 +4,8 @@ Distances to all cells come from a matrix product, whose last bits depend on how
 within twice the product's rounding error of the k-th smallest. Candidates are measured again, unit by unit in float64, one cell as
 another, and ranked by distance and then by position, so that what is answered depends on the cell alone.
 
-An approximate index (HNSW) would save nothing here: an artifact's 15 MB bound the reference to some ten thousand cells, over which usearch
-took 0.13 ms for a cell, and this a like time without error, index or further package (docs/map.md has the figures).
+There is no approximate index (HNSW): an artifact's 15 MB bound the reference to some ten thousand cells, over which it would save little
+and cost a large package; docs/map.md has the figures.
 """
 
 import numpy as np
@@ -31,10 +31,11 @@ class Nearest:
             cells: of the artifact.
         """
         self.cells = cells
-        latent = cells.latent
-        self._norms = np.einsum("ij,ij->i", latent, latent)
-        self._largest_norm = float(np.sqrt(self._norms.max()))
-        self._exact = latent.astype(np.float64)
+        norms = np.einsum("ij,ij->i", cells.latent, cells.latent)
+        self._largest_norm = float(np.sqrt(norms.max()))
+        # |r|² - 2 q·r for all r in one product, (n_latent + 1, n_reference): what is missing, |q|², changes no order.
+        self._factors = np.ascontiguousarray(np.vstack([-2.0 * cells.latent.T, norms]), dtype=np.float32)
+        self._exact = np.ascontiguousarray(cells.latent.T, dtype=np.float64)
 
     def __len__(self) -> int:
         return len(self.cells)
@@ -51,44 +52,46 @@ class Nearest:
         """
         positions = np.empty((len(latent), k), dtype=np.int32)
         distances = np.empty((len(latent), k), dtype=np.float64)
+        squares = np.empty((min(_ROWS, len(latent)), len(self)), dtype=np.float32)
         for start in range(0, len(latent), _ROWS):
             rows = slice(start, min(start + _ROWS, len(latent)))
-            is_near = self._candidates(latent[rows], k)
+            is_near = self._candidates(latent[rows], k, squares[: rows.stop - start])
             # A few cells at a time where copies of each other make very many candidates.
-            step = max(1, _MAX_PAIRS // max(1, int(is_near.sum(axis=1).max())))
+            step = max(1, _MAX_PAIRS // int(np.count_nonzero(is_near, axis=1).max()))
             for first in range(0, len(is_near), step):
                 some = slice(start + first, min(start + first + step, rows.stop))
                 positions[some], distances[some] = self._measure(latent[some], is_near[first : first + step], k)
         return positions, distances
 
-    def _candidates(self, latent: NDArray[np.float32], k: int) -> NDArray[np.bool_]:
-        """Which reference cells can be among the `k` nearest of each cell, shape (n_cells, n_reference)."""
-        norms = np.einsum("ij,ij->i", latent, latent)
-        squares = self._norms - 2.0 * (latent @ self.cells.latent.T)
+    def _candidates(self, latent: NDArray[np.float32], k: int, squares: NDArray[np.float32]) -> NDArray[np.bool_]:
+        """Which reference cells can be among the `k` nearest of each cell; this and `squares`, which is overwritten, (n_cells, n_reference)."""
+        ones = np.ones((len(latent), 1), dtype=np.float32)
+        np.matmul(np.hstack([latent, ones]), self._factors, out=squares)
         if len(self) <= 4 * _GROUPS:
             bound = np.partition(squares, k - 1, axis=1)[:, k - 1]
         else:
             n_whole = len(self) // _GROUPS * _GROUPS
             minima = squares[:, :n_whole].reshape(len(latent), -1, _GROUPS).min(axis=1)
             bound = np.partition(minima, k - 1, axis=1)[:, k - 1]
-        # Rounding of two squared norms and a product of n terms each (Higham 2002, Accuracy and Stability, 3.1), doubled to be safe.
-        n_terms = latent.shape[1] + 8
-        error = 2.0 * n_terms * 2.0**-24 * (np.sqrt(norms) + self._largest_norm) ** 2
+        # Rounding of a sum of n products, one of which is a sum of n squares (Higham 2002, Accuracy and Stability, 3.1), doubled to be safe.
+        norms = np.sqrt(np.einsum("ij,ij->i", latent, latent))
+        error = 2.0 * (2 * latent.shape[1] + 8) * 2.0**-24 * (norms + self._largest_norm) ** 2
         limit = bound + 2.0 * error
         # NaN compares with nothing: then all are candidates, so that k can be given.
-        near: NDArray[np.bool_] = (squares <= limit[:, None]) | np.isnan(limit)[:, None]
+        near: NDArray[np.bool_] = squares <= limit[:, None]
+        near[~np.isfinite(limit)] = True
         return near
 
     def _measure(
         self, latent: NDArray[np.float32], is_near: NDArray[np.bool_], k: int
     ) -> tuple[NDArray[np.int32], NDArray[np.float64]]:
         """The `k` nearest of the candidates."""
-        rows, candidates = np.nonzero(is_near)
+        rows, candidates = np.divmod(np.flatnonzero(is_near), len(self))
         squares = np.zeros(len(rows))
         for unit in range(latent.shape[1]):
-            difference = self._exact[candidates, unit] - latent[rows, unit]
+            difference = self._exact[unit, candidates] - latent[rows, unit]
             squares += difference * difference
         order = np.lexsort((candidates, squares, rows))
-        starts = np.concatenate([[0], np.cumsum(is_near.sum(axis=1))[:-1]])
+        starts = np.searchsorted(rows, np.arange(len(latent)))
         chosen = order[starts[:, None] + np.arange(k)]
         return candidates[chosen].astype(np.int32), np.sqrt(squares[chosen])
