@@ -120,7 +120,7 @@ class Client:
         return fill(adata, tables, source)
 
     def stream(
-        self, task: str, pieces: Iterable[sp.csr_matrix], genes: list[str], **options: Any
+        self, task: str, pieces: Iterable[sp.csr_matrix], genes: list[str], /, **options: Any
     ) -> Iterator[pa.RecordBatch]:
         """Send cells of any number through one connection and give their answers as they come; neither side holds them whole.
 
@@ -128,7 +128,7 @@ class Client:
             task: a task of the server.
             pieces: raw counts of some cells each, over `genes`; taken one after the other, only as fast as answers are read.
             genes: names of the columns.
-            options: of the task.
+            options: of the task; `genes=` there is the option of reconstruct.
 
         Yields:
             Record batches with the answers of the cells in order, of any number of cells each; the head of the answer is JSON under
