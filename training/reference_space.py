@@ -183,7 +183,9 @@ def score(run: Run, model: Model, query_sets: Mapping[str, NDArray[np.int64]]) -
         for batch in np.unique(cells.batch):
             others, here = np.flatnonzero(held.batch != batch), cells.batch == batch
             if len(others) >= reference.vote.n_neighbours and batch >= 0:
-                part = ReferenceCells((), held.batch[others], {}, held.latent[others])
+                part = ReferenceCells(
+                    tuple(held.cell_ids[at] for at in others), held.batch[others], {}, held.latent[others]
+                )
                 nearest = Nearest(part).search(latent[here], reference.vote.n_neighbours)
                 labels = {first: held.labels[first][others]}
                 elsewhere.append(neighbours.shares(reference.vote, labels, n_classes, *nearest)[first])
