@@ -119,7 +119,7 @@ def serve(runs: dict[str, run.Run], store: Path) -> dict[str, dict[str, Any]]:
                 "library": np.asarray(counts.sum(axis=1)).ravel(),
                 "batch": np.zeros(len(cells), dtype=np.int64),
             }
-            torch_says = parity.run_torch(made.family, inputs)
+            torch_says = parity.run_torch(made.family.graphs(), inputs)
             with Client(server.url, model=model_name(family)) as client:
                 latent = client.embed(query).obsm[f"X_{model_name(family)}"]
                 expression = client.reconstruct(query, batch=made.prepared.batches[0]).obsm["expression"]

@@ -66,7 +66,8 @@ def tasks() -> str:
     for task in TASKS.values():
         options = [(f"`{name}`", field.description or "") for name, field in task.options.model_fields.items()]
         parts.append(
-            f"### POST /v1/{task.name}\n\n{task.summary}. Needs the graphs {', '.join(task.graphs)}.\n\n{task.description}\n"
+            f"### POST /v1/{task.name}\n\n{task.summary}. Needs the graphs {', '.join(task.graphs)}"
+            f"{', and reference cells' if task.needs_reference else ''}.\n\n{task.description}\n"
         )
         parts.append(_table(("option", "meaning"), [("`model`", "`name`, `name@version` or `name@alias`"), *options]))
     return "\n".join(parts)

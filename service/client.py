@@ -216,6 +216,7 @@ class Client:
         task: str,
         pieces: Iterable[sp.csr_matrix],
         genes: list[str],
+        /,
         *,
         on_progress: OnProgress | None = None,
         request_id: str | None = None,
@@ -229,7 +230,7 @@ class Client:
             genes: names of the columns.
             on_progress: called before each record batch is given, with the cells answered and None: how many will come is not known.
             request_id: X-Request-ID of the request, under which `progress` knows it.
-            options: of the task.
+            options: of the task; `genes=` there is the option of reconstruct.
 
         Yields:
             Record batches with the answers of the cells in order, of any number of cells each; the head of the answer is JSON under
@@ -413,13 +414,21 @@ def fill(adata: ad.AnnData, answers: list[pa.Table], counts_source: str) -> ad.A
     answer = adata.copy()
     for field in table.schema:
         column = table.column(field.name).combine_chunks()
-        if pa.types.is_fixed_size_list(field.type):
+        if pa.types.is_fixed_size_list(field.type) and pa.types.is_string(field.type.value_type):
+            words = np.array(column.flatten().to_pylist(), dtype=object).reshape(len(column), field.type.list_size)
+            names = [str(number) for number in range(1, field.type.list_size + 1)]
+            answer.obsm[field.name] = pd.DataFrame(words, index=answer.obs_names, columns=names)
+        elif pa.types.is_fixed_size_list(field.type):
             values = column.flatten().to_numpy().reshape(len(column), field.type.list_size)
             names = json.loads((field.metadata or {}).get(b"names", b"null"))
             if names is not None:
                 answer.obsm[field.name] = pd.DataFrame(values, index=answer.obs_names, columns=names)
             else:
                 answer.obsm[f"X_{head['model']['name']}" if field.name == "latent" else field.name] = values
+        elif pa.types.is_list(field.type):
+            # A column of obs cannot hold lists in a file.
+            joined = ["|".join(words) for words in column.to_pylist()]
+            answer.obs[field.name] = pd.Categorical(joined, categories=sorted(set(joined)))
         elif pa.types.is_dictionary(field.type):
             answer.obs[field.name] = pd.Categorical(column.to_pylist(), categories=column.dictionary.to_pylist())
         else:

@@ -288,14 +288,26 @@ class ModelNotReady(CellserveError):
 
 @dataclass(eq=False)
 class TaskNotOffered(CellserveError):
-    """The artifact lacks a graph that the task needs."""
+    """The artifact lacks a graph or the reference cells that the task needs."""
 
     code = "task_not_offered"
     title = "The model does not offer this task"
-    sentence = "Model '{model}' has no graph for '{task}'. It offers: {offered}."
+    sentence = "Model '{model}' has not what '{task}' needs. It offers: {offered}."
     model: str
     task: str
     offered: str
+
+
+@dataclass(eq=False)
+class NoReference(CellserveError):
+    """The artifact carries no reference cells."""
+
+    code = "no_reference"
+    title = "The model carries no reference cells"
+    sentence = (
+        "Model '{model}' was exported without its reference cells: there is nothing to map to or to draw (docs/map.md)."
+    )
+    model: str
 
 
 @dataclass(eq=False)

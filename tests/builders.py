@@ -15,6 +15,7 @@ from onnx import TensorProto, helper, numpy_helper
 from service.contract import artifact
 from service.contract.gene_table import GeneTable
 from service.contract.manifest import Manifest
+from service.contract.reference_cells import dump_cells
 
 N_GENES, N_LATENT = 40, 5
 CLASSES = ("B", "T", "NK")
@@ -65,7 +66,9 @@ PROTEINS = ("CD3", "CD19")
 def graphs(
     n_genes: int = N_GENES, seed: int = 0, has_protein: bool = False, has_steps: bool = False
 ) -> dict[str, bytes]:
-    """encode, decode and classify as ONNX bytes: log1p, a linear layer and ReLU; softmax times library; softmax.
+    """encode, decode, classify and project as ONNX bytes: log1p, a linear layer and ReLU; softmax times library; softmax; linear.
+
+    The variance of decode is that of Poisson counts, mean for mean.
 
     With `has_protein` decode also gives PROTEINS, and knows the batch 2, which is the average of 0 and 1. With `has_steps` there are also
     transform and encode_values, the logarithm of single counts and what encode does after it.
@@ -97,9 +100,10 @@ def graphs(
             helper.make_node("Softmax", ["logits"], ["share"], axis=-1),
             helper.make_node("Unsqueeze", ["library", "last"], ["column"]),
             helper.make_node("Mul", ["share", "column"], ["expression"]),
+            helper.make_node("Identity", ["expression"], ["expression_variance"]),
         ],
         [value("latent", "n", N_LATENT), value("library", "n"), value("batch", "n", dtype=TensorProto.INT64)],
-        [value("expression", "n", n_genes)],
+        [value("expression", "n", n_genes), value("expression_variance", "n", n_genes)],
         [weight("w", N_LATENT, n_genes), weight("offsets", 2, n_genes), numpy_helper.from_array(np.array([1]), "last")],
     )
     if has_protein:
@@ -117,7 +121,13 @@ def graphs(
         [value("probabilities_cell_type", "n", len(CLASSES))],
         [weight("w", N_LATENT, len(CLASSES))],
     )
-    made = {"encode": encode, "decode": decode, "classify": classify}
+    project = (
+        [helper.make_node("MatMul", ["latent", "w"], ["umap"])],
+        [value("latent", "n", N_LATENT)],
+        [value("umap", "n", 2)],
+        [weight("w", N_LATENT, 2)],
+    )
+    made = {"encode": encode, "decode": decode, "classify": classify, "project": project}
     if has_steps:
         made["transform"] = (
             [helper.make_node("Add", ["count", "one"], ["shifted"]), helper.make_node("Log", ["shifted"], ["value"])],
@@ -159,11 +169,21 @@ def parts(
     seed: int = 0,
     has_protein: bool = False,
     has_steps: bool = False,
+    has_reference: bool = True,
     **changes: Any,
 ) -> tuple[dict[str, Any], dict[str, bytes]]:
-    """The manifest as a plain document, and the contents of the files; `changes` replace members of the manifest."""
+    """The manifest as a plain document, and the contents of the files; `changes` replace members of the manifest.
+
+    Without a reference the model lacks what came with it: the reference cells, project, and the variance of decode.
+    """
     table = gene_table(n_genes)
     onnx_bytes = graphs(n_genes, seed, has_protein, has_steps)
+    if not has_reference:
+        del onnx_bytes["project"]
+        decode = onnx.load_from_string(onnx_bytes["decode"])
+        for member in (decode.graph.output, decode.graph.node):
+            del member[[getattr(part, "name", "") or part.output[0] for part in member].index("expression_variance")]
+        onnx_bytes["decode"] = decode.SerializeToString()
     golden: dict[str, Any] = {"encode/counts": counts(9, n_genes, seed=1).toarray()}
     golden["encode/counts"][-1] = 0
     if has_steps:
@@ -192,6 +212,10 @@ def parts(
         "golden.npz": buffer.getvalue(),
         "README.md": f"# {name}\n\nA model for tests.\n".encode(),
     }
+    reference = None
+    if has_reference:
+        reference, files = reference_cells(onnx_bytes["encode"], n_genes)
+        contents |= files
     outputs = [f"{graph}/{tensor['name']}" for graph, entry in signature.items() for tensor in entry["outputs"]]
     document = {
         "schema_version": 1,
@@ -212,6 +236,7 @@ def parts(
         "graphs": signature,
         "batch": {"names": ["one", "two"]},
         "labels": [{"name": "cell_type", "classes": list(CLASSES), "ontology_ids": ["CL:0000236", None, "CL:0000623"]}],
+        **({"reference": reference} if reference else {}),
         "golden": {"file": "golden.npz", "tolerance": dict.fromkeys(outputs, 1e-4)},
         "parity": {
             "n_cells": 9,
@@ -231,6 +256,36 @@ def parts(
         **changes,
     }
     return document, contents
+
+
+N_REFERENCE = 23
+
+
+def reference_cells(encode: bytes, n_genes: int) -> tuple[dict[str, Any], dict[str, bytes]]:
+    """The manifest's `reference` and its files: seeded cells of both batches and all classes, the last without a label."""
+    session = ort.InferenceSession(encode, providers=["CPUExecutionProvider"])
+    latent = session.run(["latent"], {"counts": counts(N_REFERENCE, n_genes, seed=7).toarray()})[0]
+    random = np.random.default_rng(7)
+    arrays = {"latent": latent, "umap": random.standard_normal((N_REFERENCE, 2)).astype(np.float32)}
+    files = {}
+    for name, array in arrays.items():
+        buffer = io.BytesIO()
+        np.save(buffer, array)
+        files[f"reference/{name}.npy"] = buffer.getvalue()
+    labels = [CLASSES[code] for code in random.integers(0, len(CLASSES), N_REFERENCE - 1)]
+    files["reference/cells.tsv"] = dump_cells(
+        tuple(f"set/{number}" for number in range(N_REFERENCE)),
+        tuple(("one", "two")[number % 2] for number in range(N_REFERENCE)),
+        {"cell_type": (*labels, "")},
+    )
+    return {
+        "latent": "reference/latent.npy",
+        "cells": "reference/cells.tsv",
+        "umap": "reference/umap.npy",
+        "n_cells": N_REFERENCE,
+        "n_training_cells": N_REFERENCE,
+        "vote": {"n_neighbours": 7, "weighting": "distance", "answers": {"cell_type": "classifier"}},
+    }, files
 
 
 def write_artifact(root: Path, **arguments: Any) -> Path:

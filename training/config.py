@@ -204,6 +204,16 @@ class Fit(Strict):
         return self
 
 
+class ReferenceCells(Strict):
+    """Which training cells travel with the model, for map."""
+
+    max_cells: Annotated[int, Field(ge=0)] = 30_000
+    """At most so many, fewer where 8 MB hold fewer: all of small classes, and of large ones the same number of each. 0: none."""
+
+    project: bool = True
+    """Make a UMAP of them, and a network that puts other cells on it."""
+
+
 class Export(Strict):
     """What the artifact promises."""
 
@@ -222,6 +232,10 @@ class Export(Strict):
 
     n_parity: Annotated[int, Field(gt=0)] = 512
     """Held-out cells on which ONNX Runtime is compared with torch in float64."""
+
+    reference: ReferenceCells = ReferenceCells()
+    spread: bool = True
+    """Let decode give the variance of a count beside its mean, where the likelihood is one of counts."""
 
 
 class Start(Strict):

@@ -7,8 +7,8 @@ from service.contract import artifact
 from service.contract.store import DEFAULT, ModelId, Store
 from service.inference import model as serving
 from service.inference.session import Runtime
-from training import card
-from training.evaluation.annotation import score_within
+from training import card, reference_space
+from training.evaluation.annotation import query_sets, score_within
 from training.manifest import build, variant_name
 from training.onnx_graph import Precision
 from training.profile import profile
@@ -51,7 +51,9 @@ def export(
         manifest, contents = build(run, version, precision)
         staged = artifact.write(Path(scratch), manifest, contents)
         served = serving.load(artifact.read(staged), Runtime())
-        metrics = score_within(run, served)
+        metrics = {**manifest.metrics, **score_within(run, served)}
+        if run.config.labels:
+            metrics |= reference_space.score(run, served, query_sets(run))
         reference = profile(run, served)
     contents[artifact.CARD] = card.write(manifest.model_copy(update={"metrics": metrics}), run).encode()
     manifest = manifest.model_copy(

@@ -18,17 +18,18 @@ from service.contract.manifest import (
     Provenance,
 )
 from service.inference.session import Runtime, Session
-from training import archive, imputation, parity
+from training import archive, imputation, parity, reference_space
 from training.data import source
 from training.data.prepared import encode_cells
 from training.data.splits import TEST, VALIDATION
-from training.families.family import Imputed
+from training.exported import exported_graphs
+from training.families.family import Graph, Imputed
 from training.gene_names import gene_table, has_ensembl_ids
 from training.onnx_graph import Precision, signature, to_onnx
 from training.parity import Arrays
 from training.quantise import quantise
 from training.run import Run
-from training.sparse_input import serving_graphs, with_values
+from training.sparse_input import with_values
 
 GENES, GOLDEN = "genes.tsv", "golden.npz"
 ENCODERS = frozenset({"encode", "encode_values"})
@@ -36,13 +37,16 @@ N_RANGE = 2_048
 """Training cells from which the range of what is rounded to 8 bits is taken."""
 
 
-def build(run: Run, version: str, precision: Precision = "float32") -> tuple[Manifest, dict[str, bytes]]:
+def build(
+    run: Run, version: str, precision: Precision = "float32", with_projection: bool = True
+) -> tuple[Manifest, dict[str, bytes]]:
     """Manifest and files of a run, compared with torch in float64 on held-out cells; the card is still empty.
 
     Args:
         run: a finished run.
         version: of the artifact.
         precision: of the encoder's first layer; other than float32 is another model, and has another name.
+        with_projection: false for a model that is thrown away again: the picture of the reference takes the most time.
 
     Raises:
         NothingToQuantise: the encoder has no layer to quantise.
@@ -50,7 +54,7 @@ def build(run: Run, version: str, precision: Precision = "float32") -> tuple[Man
     """
     torch.manual_seed(run.config.seed)
     inputs = with_values(run.family, held_out_inputs(run, run.config.export.n_parity))
-    graphs = serving_graphs(run.family)
+    graphs = exported_graphs(run.family, run.config.export.spread)
     example = {name: torch.from_numpy(array[:2]) for name, array in inputs.items()}
     example["latent"] = torch.zeros(2, run.config.hyperparameters.n_latent)
     contents = {f"{name}.onnx": to_onnx(graph, example) for name, graph in graphs.items()}
@@ -66,9 +70,17 @@ def build(run: Run, version: str, precision: Precision = "float32") -> tuple[Man
         for name in graphs
     }
     sessions = {name: Session(contents[graph.file], graph, Runtime(), graph.file) for name, graph in signatures.items()}
+    space = reference_space.build(run, sessions, with_projection)
+    if space is not None and space.projector is not None:
+        graphs["project"] = Graph(space.projector, ("latent",), ("umap",))
+        contents["project.onnx"] = to_onnx(graphs["project"], example)
+        signatures["project"] = signature(contents["project.onnx"], "project.onnx")
+        sessions["project"] = Session(
+            contents["project.onnx"], signatures["project"], Runtime(), signatures["project"].file
+        )
     input_names = {name: graph.inputs for name, graph in graphs.items()}
     differences = parity.compare(
-        parity.run_sessions(sessions, input_names, inputs), parity.run_torch(run.family, inputs), precision
+        parity.run_sessions(sessions, input_names, inputs), parity.run_torch(graphs, inputs), precision
     )
     golden = parity.run_sessions(sessions, input_names, with_values(run.family, golden_inputs(run)))
     golden_tolerance = {
@@ -78,6 +90,7 @@ def build(run: Run, version: str, precision: Precision = "float32") -> tuple[Man
     }
     table = gene_table(run.family, run.prepared, run.config.species)
     contents |= {GENES: table.dump(), GOLDEN: archive.dump(golden), artifact.CARD: b""}
+    contents |= space.contents if space is not None else {}
     manifest = Manifest(
         name=variant_name(run, precision),
         version=version,
@@ -97,6 +110,8 @@ def build(run: Run, version: str, precision: Precision = "float32") -> tuple[Man
         batch=batch_policy(run),
         labels=label_levels(run) if "classify" in graphs else (),
         modalities=tuple(modality(run, found) for found in run.family.imputes),
+        reference=space.manifest if space is not None else None,
+        metrics=space.metrics if space is not None else {},
         golden=Golden(file=GOLDEN, tolerance=golden_tolerance),
         parity=Parity(n_cells=len(inputs["counts"]), outputs=differences),
         provenance=provenance(run),

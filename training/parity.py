@@ -2,7 +2,6 @@
 
 import copy
 from collections.abc import Mapping
-from typing import Any, cast
 
 import numpy as np
 import torch
@@ -10,8 +9,8 @@ from numpy.typing import NDArray
 
 from service.contract.manifest import Difference
 from service.inference.session import Session
+from training.families.family import Graph
 from training.onnx_graph import Precision
-from training.sparse_input import HasGraphs, serving_graphs, with_values
 
 Arrays = dict[str, NDArray[np.generic]]
 
@@ -32,15 +31,18 @@ class OutsideTolerance(Exception):
     """An exported graph gives other numbers than the network that was trained."""
 
 
-def run_torch(network: HasGraphs, inputs: Mapping[str, NDArray[np.generic]]) -> Arrays:
+def run_torch(graphs: Mapping[str, Graph], inputs: Mapping[str, NDArray[np.generic]]) -> Arrays:
     """Every output of every graph in float64, keyed `<graph>/<tensor>`.
 
     Args:
-        network: fitted; it is copied, not changed.
-        inputs: counts, library and batch of the cells; the latent is what encode gives.
+        graphs: encode first; their modules are copied, not changed.
+        inputs: counts, library and batch of the cells, and what `with_values` adds; the latent is what encode gives.
     """
-    graphs = serving_graphs(cast("Any", copy.deepcopy(network)).double().eval())
-    tensors = {name: torch.from_numpy(np.asarray(array)) for name, array in with_values(network, inputs).items()}
+    # In one copy, so that what modules share stays shared.
+    graphs = copy.deepcopy(dict(graphs))
+    for graph in graphs.values():
+        graph.module.double().eval()
+    tensors = {name: torch.from_numpy(np.asarray(array)) for name, array in inputs.items()}
     tensors = {name: tensor.double() if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}
     outputs: Arrays = {}
     with torch.no_grad():

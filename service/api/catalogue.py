@@ -4,14 +4,20 @@ import asyncio
 import hmac
 from typing import Any
 
+import numpy as np
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
+from service.api.negotiation import answer_format
 from service.api.state import state
 from service.api.tasks import offers
+from service.cells.columns import Column, Labels, Vectors
+from service.cells.formats.format import Format
+from service.cells.formats.json import FORMAT as JSON
 from service.contract.traffic import Traffic
-from service.errors import ModelNotFound, NotAuthorised, RouteNotFound
+from service.errors import ModelNotFound, NoReference, NotAuthorised, RouteNotFound
 from service.inference import TASKS
+from service.inference.mapping import UNLABELLED
 from service.inference.model import Model
 
 
@@ -54,6 +60,37 @@ async def show_genes(request: Request) -> Response:
     return Response(
         (await model_of_path(request)).genes.table.dump(), media_type="text/tab-separated-values; charset=utf-8"
     )
+
+
+async def show_reference(request: Request) -> Response:
+    """The reference cells that a model carries: ids, batch, labels, and coordinates in its UMAP; JSON, or what Accept prefers.
+
+    Raises:
+        ModelNotFound, ModelNotReady, NoReference, NotAcceptable.
+    """
+    model = await model_of_path(request)
+    if model.reference is None:
+        raise NoReference(model=model.id)
+    form = answer_format(request.headers.get("accept"), JSON)
+    content = await asyncio.to_thread(_reference, model, form)
+    return Response(content, headers={"X-Cellserve-Model": model.id}, media_type=form.media_type)
+
+
+def _reference(model: Model, form: Format) -> bytes:
+    assert model.reference is not None, "the caller looks"
+    cells, manifest = model.reference.cells, model.manifest
+    columns: dict[str, Column] = {"batch": Labels(cells.batch, manifest.batch.names)}
+    for level in manifest.labels:
+        if level.name in cells.labels:
+            codes = cells.labels[level.name]
+            words = (*level.classes, UNLABELLED)
+            columns[level.name] = Labels(np.where(codes < 0, len(level.classes), codes).astype(np.int32), words)
+    if cells.umap is not None:
+        columns["umap"] = Vectors(cells.umap, ("umap_1", "umap_2"))
+    assert manifest.reference is not None
+    head = {"model": {"name": manifest.name, "version": manifest.version}, "reference": manifest.reference.model_dump()}
+    writer = form.writer()
+    return writer.start(head) + writer.write(columns, cells.cell_ids) + writer.end()
 
 
 async def model_of_path(request: Request) -> Model:

@@ -41,6 +41,19 @@ def document() -> dict[str, Any]:
     version = _path_parameter("version", "Version or alias.")
     model = _get("A model's manifest and card", "models", _json({"type": "object"}), [name], _OF_MODELS)
     genes = _get("A model's genes in graph order", "models", _text("text/tab-separated-values"), [name], _OF_MODELS)
+    drawn = {
+        form.media_type: {
+            "schema": {"type": "object"} if "json" in form.media_type else {"type": "string", "format": "binary"}
+        }
+        for form in FORMATS.values()
+    }
+    reference = _get(
+        "The reference cells that a model carries: ids, batch, labels and coordinates in its UMAP, in the order that map means",
+        "models",
+        drawn,
+        [name],
+        (*_OF_MODELS, 406),
+    )
     ready = _get("Whether a model answers, and if not, why", "models", _json({"type": "object"}), [name], _OF_MODELS)
     paths |= {
         "/v1/models": {
@@ -48,6 +61,8 @@ def document() -> dict[str, Any]:
         },
         "/v1/models/{name}": {"get": model},
         "/v1/models/{name}/genes": {"get": genes},
+        "/v1/models/{name}/reference": {"get": reference},
+        "/v1/models/{name}/versions/{version}/reference": {"get": {**reference, "parameters": [name, version]}},
         "/v1/models/{name}/versions/{version}": {"get": {**model, "parameters": [name, version]}},
         "/v1/models/{name}/versions/{version}/genes": {"get": {**genes, "parameters": [name, version]}},
         "/v1/models/{name}/ready": {"get": ready},

@@ -25,6 +25,7 @@ STATUS: dict[type[errors.CellserveError], int] = {
     errors.ModelNotFound: 404,
     errors.TaskNotOffered: 404,
     errors.RequestNotFound: 404,
+    errors.NoReference: 404,
     errors.MethodNotAllowed: 405,
     errors.NotAcceptable: 406,
     errors.BodyTimeout: 408,

@@ -102,8 +102,8 @@ async def find_model(app: State, request: Request, task: Task) -> Model:
 
 
 def offers(model: Model, task: Task) -> bool:
-    """Whether a model has all graphs that a task needs."""
-    return set(task.graphs) <= set(model.sessions)
+    """Whether a model has all graphs, and the reference cells, that a task needs."""
+    return task.offered_by(model)
 
 
 def query_options(request: Request) -> dict[str, str]:

@@ -1,7 +1,7 @@
 """Answers as columns with one entry per cell: what tasks give and formats write."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -36,14 +36,37 @@ class Labels:
     words: tuple[str, ...]
 
 
-Column = Values | Vectors | Labels
+@dataclass(frozen=True)
+class LabelLists:
+    """Several words per cell, in an order that means something."""
+
+    codes: NDArray[np.int32]
+    """Shape (n_cells, n_most): indices into `words`; -1 after a cell's last."""
+
+    words: tuple[str, ...]
+    is_ragged: bool = False
+    """Whether a cell may have fewer words than another; where not, no code is -1."""
+
+    def lists(self) -> list[list[str]]:
+        """The words of each cell."""
+        return [[self.words[code] for code in row if code >= 0] for row in self.codes]
+
+    def used(self) -> "LabelLists":
+        """The same with only the words that occur: the names of all reference cells would outweigh a small answer."""
+        used, codes = np.unique(self.codes, return_inverse=True)
+        n_none = int(len(used) > 0 and used[0] < 0)
+        codes = (codes.reshape(self.codes.shape) - n_none).astype(np.int32)
+        return LabelLists(codes, tuple(self.words[code] for code in used[n_none:]), self.is_ragged)
+
+
+Column = Values | Vectors | Labels | LabelLists
 Columns = Mapping[str, Column]
 
 
 def n_cells(columns: Columns) -> int:
     """Number of cells that the columns describe."""
     first = next(iter(columns.values()))
-    return len(first.codes if isinstance(first, Labels) else first.values)
+    return len(_array(first))
 
 
 def take(columns: Columns, start: int, stop: int) -> Columns:
@@ -69,13 +92,13 @@ def with_arrays(columns: Columns, values: Mapping[str, NDArray[Any]]) -> Columns
 
 
 def _array(column: Column) -> NDArray[Any]:
-    return column.codes if isinstance(column, Labels) else column.values
+    return column.codes if isinstance(column, Labels | LabelLists) else column.values
 
 
 def _replaced(column: Column, arrays: Sequence[NDArray[Any]]) -> Column:
     array = arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
-    if isinstance(column, Labels):
-        return Labels(array.astype(np.int32, copy=False), column.words)
+    if isinstance(column, Labels | LabelLists):
+        return replace(column, codes=array.astype(np.int32, copy=False))
     if isinstance(column, Vectors):
         return Vectors(array.astype(np.float32, copy=False), column.names)
     return Values(array)

@@ -18,6 +18,7 @@ from pydantic import ValidationError
 from service.contract import onnx_file, strict_json
 from service.contract.gene_table import GeneTable
 from service.contract.manifest import SCHEMA_VERSION, File, Manifest
+from service.contract.reference_cells import ReferenceCells
 from service.errors import InvalidArtifact, VersionExists
 
 MANIFEST = "manifest.json"
@@ -36,6 +37,8 @@ class Artifact:
     genes: GeneTable
     contents: Mapping[str, bytes]
     """Bytes of every file but manifest.json, by name."""
+
+    reference: ReferenceCells | None = None
 
     def graph(self, name: str) -> bytes:
         """The ONNX bytes of the graph `name` of the manifest."""
@@ -122,7 +125,11 @@ def read(path: Path) -> Artifact:
         raise InvalidArtifact(
             path=str(path / manifest.genes.file), problem="its genes are not those of the manifest's n_genes and digest"
         )
-    return Artifact(path=path, manifest=manifest, genes=genes, contents=contents)
+    try:
+        reference = ReferenceCells.parse(manifest, contents) if manifest.reference is not None else None
+    except ValueError as error:
+        raise InvalidArtifact(path=str(path), problem=f"its reference cells: {error}") from None
+    return Artifact(path=path, manifest=manifest, genes=genes, contents=contents, reference=reference)
 
 
 def write(root: Path, manifest: Manifest, contents: Mapping[str, bytes]) -> Path:

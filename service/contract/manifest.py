@@ -8,6 +8,8 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
 
 SCHEMA_VERSION = 1
+MAX_NEIGHBOURS = 100
+"""Reference cells that a client may ask for, and that may vote."""
 
 Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 # One path component, never a path: an artifact cannot name a file outside its directory. Folders are spelled out by `reference/…`.
@@ -16,7 +18,7 @@ Name = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9_.-]{0,63}$")]
 Version = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$")]
 
 
-_OTHER_COLUMNS = ("expression", "is_empty")
+_OTHER_COLUMNS = ("expression", "expression_variance", "expression_sd", "is_empty")
 
 
 class Strict(BaseModel):
@@ -185,6 +187,49 @@ class Profile(Strict):
     """By label level."""
 
 
+class Vote(Strict):
+    """How the labels of the nearest reference cells make a label of their own."""
+
+    n_neighbours: Annotated[int, Field(gt=0, le=MAX_NEIGHBOURS)]
+    weighting: Literal["uniform", "distance"]
+    """distance: 1 / (1 + d² / s²) with s² the mean of the squared distances of the cell's `n_neighbours` nearest."""
+
+    answers: dict[str, Literal["classifier", "vote"]]
+    """By label level, which of the two did better on cells that neither had seen."""
+
+
+class Reference(Strict):
+    """The cells that the model was trained on, where its own encoder puts them."""
+
+    latent: FileName
+    """npy, float32 (n_cells, n_latent), as the graph encode gave it."""
+
+    cells: FileName
+    """Table with the columns cell_id, batch, and one per label level; one line per row of `latent`."""
+
+    umap: FileName | None = None
+    """npy, float32 (n_cells, 2): the fixed picture that `project` puts query cells on."""
+
+    n_cells: Annotated[int, Field(gt=0)]
+    n_training_cells: Annotated[int, Field(gt=0)]
+    """That `n_cells` were drawn from; equal where all of them are here."""
+
+    metric: Literal["euclidean"] = "euclidean"
+    index: Literal["exact"] = "exact"
+    """How neighbours are found: by the distances to all cells."""
+
+    vote: Vote | None = None
+    """None for a model without labels."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "Reference":
+        if self.n_training_cells < self.n_cells:
+            raise ValueError(f"{self.n_cells} cells cannot be drawn from {self.n_training_cells}")
+        if self.vote is not None and self.vote.n_neighbours > self.n_cells:
+            raise ValueError(f"{self.vote.n_neighbours} neighbours vote, but there are {self.n_cells} cells")
+        return self
+
+
 class Difference(Strict):
     """Largest differences between ONNX Runtime (float32) and torch (float64) over held-out cells."""
 
@@ -260,6 +305,8 @@ class Manifest(Strict):
 
     profile: Profile | None = None
     """What is sent can be compared with; null where the reference was not at hand."""
+    reference: Reference | None = None
+    """None: the model does not offer map."""
 
     calibration: dict[str, Any] = {}
     thresholds: dict[str, float] = {}
@@ -275,6 +322,8 @@ class Manifest(Strict):
     @model_validator(mode="after")
     def _check(self) -> "Manifest":
         named = [self.genes.file, self.golden.file, *(graph.file for graph in self.graphs.values())]
+        if self.reference is not None:
+            named += [self.reference.latent, self.reference.cells, *filter(None, [self.reference.umap])]
         if missing := sorted(set(named) - set(self.files)):
             raise ValueError(f"files does not list {', '.join(missing)}")
         proven = {f"{name}/{output.name}" for name, graph in self.graphs.items() for output in graph.outputs}
@@ -289,6 +338,15 @@ class Manifest(Strict):
             if name is not None and name not in ("average", *self.batch.names):
                 raise ValueError(f"batch.{key} '{name}' is no batch of the reference")
         decoded = {output.name: output for output in self.graphs["decode"].outputs} if "decode" in self.graphs else {}
+        if (variance := decoded.get("expression_variance")) and variance.shape != ("n", self.genes.n_genes):
+            raise ValueError(
+                f"the output expression_variance of decode is not of shape [n, n_genes], [n, {self.genes.n_genes}]"
+            )
+        if "project" in self.graphs and (
+            [tensor.name for tensor in self.graphs["project"].inputs] != ["latent"]
+            or [(tensor.name, tensor.shape) for tensor in self.graphs["project"].outputs] != [("umap", ("n", 2))]
+        ):
+            raise ValueError("project does not take latent and give umap of shape [n, 2]")
         for modality in self.modalities:
             output = decoded.get(modality.name)
             if output is None or output.shape != ("n", len(modality.features)):
@@ -306,6 +364,9 @@ class Manifest(Strict):
         for name, known in (self.profile.labels if self.profile is not None else {}).items():
             if unknown := sorted(set(known.shares) - classes.get(name, set())):
                 raise ValueError(f"profile.labels.{name} names {unknown[0]}, which is no class")
+        levels = {level.name for level in self.labels}
+        if self.reference and self.reference.vote and (unlike := sorted(set(self.reference.vote.answers) - levels)):
+            raise ValueError(f"reference.vote.answers names {unlike[0]}, which is no label level")
         return self
 
     def _check_steps(self) -> None:

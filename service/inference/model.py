@@ -1,17 +1,21 @@
 """A loaded model: its sessions, its genes, and the arithmetic that tasks share."""
 
-import threading
 from dataclasses import dataclass
 
 import numpy as np
 import scipy.sparse as sp
 from numpy.typing import NDArray
 
-from service.cells.genes import GeneIndex, densify, library_size, scatter
+from service.cells.genes import GeneIndex
 from service.contract.artifact import Artifact
 from service.contract.manifest import Manifest
 from service.errors import GoldenMismatch, InvalidArtifact
+from service.inference import encoding
+from service.inference.nearest import Nearest
 from service.inference.session import Runtime, Session
+
+VARIANCE = "expression_variance"
+"""Output of `decode` of a model whose likelihood is one of counts."""
 
 
 @dataclass(frozen=True)
@@ -23,6 +27,8 @@ class Model:
     sessions: dict[str, Session]
     runtime: Runtime
     card: str
+    reference: Nearest | None = None
+    """The reference cells, where the artifact carries them."""
 
     @property
     def id(self) -> str:
@@ -40,35 +46,7 @@ class Model:
         """
         if not counts.shape[0]:
             return np.zeros((0, self.manifest.n_latent), dtype=np.float32)
-        return (
-            self._encode_values(counts)
-            if "encode_values" in self.sessions
-            else self._run_counts("encode", counts)["latent"]
-        )
-
-    def _encode_values(self, counts: sp.csr_matrix) -> NDArray[np.float32]:
-        """The latent in two steps: what each count that is not zero becomes, and the network on the matrix of that."""
-        takes_library = len(self.manifest.graphs["transform"].inputs) > 1
-        library = library_size(counts) if takes_library else None
-
-        def dense(rows: slice, n_rows: int) -> dict[str, NDArray[np.float32]]:
-            ends = counts.indptr[rows.start : rows.stop + 1]
-            given = {"count": counts.data[ends[0] : ends[-1]]}
-            if library is not None:
-                given["library"] = np.repeat(library[rows], np.diff(ends))
-            values = self.sessions["transform"].run_flat(given)
-            return {"values": scatter(values, counts, rows, _buffers.take(n_rows, counts.shape[1]))}
-
-        return self.sessions["encode_values"].run_rows(counts.shape[0], dense)["latent"]
-
-    def _run_counts(self, graph: str, counts: sp.csr_matrix) -> dict[str, NDArray[np.float32]]:
-        """Outputs of a graph that takes counts."""
-
-        def dense(rows: slice, n_rows: int) -> dict[str, NDArray[np.float32]]:
-            # Densified at the padded size into this thread's buffer, so that there is nothing left to copy or to allocate.
-            return {"counts": densify(counts, rows, _buffers.take(n_rows, counts.shape[1]))}
-
-        return self.sessions[graph].run_rows(counts.shape[0], dense)
+        return encoding.encode(self.sessions, counts)
 
     def decode(
         self, latent: NDArray[np.float32], library_size: NDArray[np.float32], batch: str | None = None
@@ -77,7 +55,12 @@ class Model:
         return self.decode_all(latent, library_size, batch)["expression"]
 
     def decode_all(
-        self, latent: NDArray[np.float32], library_size: NDArray[np.float32], batch: str | None = None
+        self,
+        latent: NDArray[np.float32],
+        library_size: NDArray[np.float32],
+        batch: str | None = None,
+        genes: NDArray[np.intp] | None = None,
+        has_variance: bool = False,
     ) -> dict[str, NDArray[np.float32]]:
         """Everything that the decoder gives.
 
@@ -85,18 +68,35 @@ class Model:
             latent: shape (n_cells, n_latent).
             library_size: counts per cell, over the model's genes, shape (n_cells,).
             batch: a batch of the reference, or "average" over all; None for the manifest's default.
+            genes: positions of the genes to give, all by default. The others are computed, since a share is one of all genes, and dropped
+                piece by piece.
+            has_variance: give `expression_variance` too; the graph must have it.
 
         Returns:
-            By name, float32: `expression`, expected counts of shape (n_cells, n_genes), and the manifest's modalities.
+            By name, float32: `expression`, expected counts of shape (n_cells, n_genes); `expression_variance` if asked for, in counts²,
+            likewise, over the batches too where it is an average over them; and the manifest's modalities.
         """
         chosen = self._batch_indices(batch or self.manifest.batch.decode_default)
+        per_gene = ("expression", VARIANCE)
+        keep = {
+            name: genes if name in per_gene else None
+            for name in self.sessions["decode"].outputs
+            if has_variance or name != VARIANCE
+        }
         total: dict[str, NDArray[np.float32]] = {}
         for index in chosen:
             codes = np.full(len(latent), index, dtype=np.int64)
-            found = self.sessions["decode"].run({"latent": latent, "library": library_size, "batch": codes})
+            found = self.sessions["decode"].run({"latent": latent, "library": library_size, "batch": codes}, keep)
+            if has_variance and len(chosen) > 1:
+                # The law of total variance: of a mixture of batches, the mean of variance plus squared mean, less the squared mean of all.
+                found[VARIANCE] += np.square(found["expression"])
             total = {name: total[name] + array for name, array in found.items()} if total else found
         assert total, "a manifest names at least one batch where it has a decoder"
-        return {name: array / np.float32(len(chosen)) for name, array in total.items()} if len(chosen) > 1 else total
+        if len(chosen) > 1:
+            total = {name: array / np.float32(len(chosen)) for name, array in total.items()}
+            if has_variance:
+                total[VARIANCE] = np.maximum(total[VARIANCE] - np.square(total["expression"]), np.float32(0))
+        return total
 
     def _batch_indices(self, batch: str) -> list[int]:
         """What the decoder is run with, and averaged over."""
@@ -105,34 +105,26 @@ class Model:
             return [policy.names.index(batch)]
         return list(range(len(policy.names))) if policy.average_index is None else [policy.average_index]
 
-    def classify(self, counts: sp.csr_matrix) -> dict[str, NDArray[np.float32]]:
+    def classify(
+        self, counts: sp.csr_matrix, latent: NDArray[np.float32] | None = None
+    ) -> dict[str, NDArray[np.float32]]:
         """Class probabilities by label level, each float32 of shape (n_cells, n_classes), of raw counts (n_cells, n_genes).
 
-        The graph says what it is a function of: the latent, or the counts themselves.
+        The graph says what it is a function of: the latent, or the counts themselves. `latent` saves encoding where it is known.
         """
         if not counts.shape[0]:
             return {level.name: np.zeros((0, len(level.classes)), dtype=np.float32) for level in self.manifest.labels}
         if any(tensor.name == "counts" for tensor in self.manifest.graphs["classify"].inputs):
-            outputs = self._run_counts("classify", counts)
+            outputs = encoding.run_counts(self.sessions["classify"], counts)
         else:
-            outputs = self.sessions["classify"].run({"latent": self.encode(counts)})
+            outputs = self.sessions["classify"].run({"latent": self.encode(counts) if latent is None else latent})
         return {level.name: outputs[f"probabilities_{level.name}"] for level in self.manifest.labels}
 
-
-class _Buffers(threading.local):
-    """One matrix per thread that runs graphs."""
-
-    def __init__(self) -> None:
-        self._held = np.empty((0, 0), dtype=np.float32)
-
-    def take(self, n_rows: int, n_genes: int) -> NDArray[np.float32]:
-        """A matrix of that shape with anything in it; it belongs to this thread until the next call."""
-        if self._held.shape != (n_rows, n_genes):
-            self._held = np.empty((n_rows, n_genes), dtype=np.float32)
-        return self._held
-
-
-_buffers = _Buffers()
+    def project(self, latent: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Coordinates in the reference's UMAP, float32 (n_cells, 2), of latents (n_cells, n_latent); the artifact must hold `project`."""
+        if not len(latent):
+            return np.zeros((0, 2), dtype=np.float32)
+        return self.sessions["project"].run({"latent": latent})["umap"]
 
 
 def load(artifact: Artifact, runtime: Runtime, is_quiet: bool = False) -> Model:
@@ -171,6 +163,7 @@ def load(artifact: Artifact, runtime: Runtime, is_quiet: bool = False) -> Model:
         sessions=sessions,
         runtime=runtime,
         card=artifact.card,
+        reference=Nearest(artifact.reference) if artifact.reference is not None else None,
     )
     if "transform" in sessions:
         zero = sessions["transform"].run_flat(

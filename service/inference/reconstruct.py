@@ -6,10 +6,10 @@ import numpy as np
 import scipy.sparse as sp
 from pydantic import Field
 
-from service.cells.columns import Columns, Vectors
+from service.cells.columns import Column, Columns, Vectors
 from service.errors import InvalidOption
 from service.inference.embed import is_empty
-from service.inference.model import Model
+from service.inference.model import VARIANCE, Model
 from service.inference.task import Options, Task
 
 
@@ -31,8 +31,18 @@ class ReconstructOptions(Options):
         description="Counts per cell to scale to, over the model's genes; by default each cell's own.",
     )
 
+    spread: bool = Field(
+        False,
+        description="Give `expression_sd` too: the standard deviation of a count under the model's own likelihood. For models whose "
+        "likelihood is one of counts, and that were exported with it.",
+    )
+
     def check(self, model: Model) -> None:
-        """Refuse genes and batches that the model does not have."""
+        """Refuse genes and batches that the model does not have, and a spread that its decoder does not give."""
+        if self.spread and VARIANCE not in model.sessions["decode"].outputs:
+            raise InvalidOption(
+                name="spread", problem=f"{model.id} has no likelihood of counts, or was exported without it."
+            )
         self.positions(model)
         if model.manifest.batch.unseen == "refuse" and not self._has_batch(model):
             known = ", ".join(("average", *model.manifest.batch.names))
@@ -91,12 +101,13 @@ def run(model: Model, counts: sp.csr_matrix, options: Options) -> Columns:
     positions = options.positions(model)
     own = np.asarray(counts.sum(axis=1, dtype=np.float32)).ravel()
     library_size = own if options.library_size is None else np.full(len(own), options.library_size, dtype=np.float32)
-    decoded = model.decode_all(model.encode(counts), library_size, options.decoded_as(model))
-    expression = decoded["expression"]
-    if options.genes is not None:
-        expression = np.ascontiguousarray(expression[:, positions])
+    genes = None if options.genes is None else np.array(positions, dtype=np.intp)
+    decoded = model.decode_all(model.encode(counts), library_size, options.decoded_as(model), genes, options.spread)
+    names = tuple(model.genes.display(at) for at in positions)
+    spread: dict[str, Column] = {"expression_sd": Vectors(np.sqrt(decoded[VARIANCE]), names)} if options.spread else {}
     return {
-        "expression": Vectors(expression, tuple(model.genes.display(at) for at in positions)),
+        "expression": Vectors(decoded["expression"], names),
+        **spread,
         **{modality.name: Vectors(decoded[modality.name], modality.features) for modality in model.manifest.modalities},
         "is_empty": is_empty(counts),
     }
@@ -107,6 +118,9 @@ TASK = Task(
     summary="The denoised expression of the cells",
     description=(
         "`expression`: expected counts per gene (the likelihood's mean, deterministic), named by gene symbol.\n\n"
+        "`expression_sd`: with `spread=true`, how far a count would lie from that, drawn from the model's likelihood: one standard "
+        "deviation, in counts. It is what the model takes for noise of counting and between like cells; how sure the model is of the mean "
+        "itself is not in it.\n\n"
         "`is_empty`: true for a cell without a single count in the model's genes; at its own library size its expression is zero.\n\n"
         "Where the manifest names `modalities`, each is a column of its own (for example `protein`), named by its features. Such values "
         "are imputed from the counts, never measured; the head says how good they are (`modalities`), and as which `batch` cells were decoded."

@@ -169,47 +169,62 @@ class Session:
                 raise InvalidArtifact(path=path, problem=f"its {kind} are {described}, not those of the manifest")
         self._runtime = runtime
         self._is_quiet = False
+        self.inputs = tuple(tensor.name for tensor in graph.inputs)
         self.outputs = tuple(tensor.name for tensor in graph.outputs)
         self.shapes = SHAPES
 
-    def run(self, inputs: Mapping[str, Array]) -> dict[str, NDArray[np.float32]]:
+    def run(
+        self, inputs: Mapping[str, Array], keep: Mapping[str, NDArray[np.intp] | None] | None = None
+    ) -> dict[str, NDArray[np.float32]]:
         """Run the graph over all rows.
 
         Args:
             inputs: by name, each with the cells as first axis.
+            keep: the outputs to give, and of each the columns, or None for all; every output whole by default. What is left out is not
+                held for more than `SHAPES[-1]` cells at a time, and computed only where another output needs it.
 
         Returns:
             Outputs by name, with the same number of rows.
         """
         n_cells = len(next(iter(inputs.values())))
         return self.run_rows(
-            n_cells, lambda rows, n_rows: {name: _padded(array[rows], n_rows) for name, array in inputs.items()}
+            n_cells, lambda rows, n_rows: {name: _padded(array[rows], n_rows) for name, array in inputs.items()}, keep
         )
 
     def run_rows(
-        self, n_cells: int, inputs_of: Callable[[slice, int], Mapping[str, Array]]
+        self,
+        n_cells: int,
+        inputs_of: Callable[[slice, int], Mapping[str, Array]],
+        keep: Mapping[str, NDArray[np.intp] | None] | None = None,
     ) -> dict[str, NDArray[np.float32]]:
         """Run the graph over rows whose inputs are made piece by piece, in the threads that run them.
 
         Args:
             n_cells: number of cells, at least one.
             inputs_of: (which cells, rows to pad them to) → inputs by name.
+            keep: as of `run`.
 
         Returns:
             Outputs by name, `n_cells` rows each.
         """
         largest = self.shapes[-1]
+        names = self.outputs if keep is None else tuple(keep)
+        options = () if len(names) == len(self.outputs) else (_partly(),)
         slices = [slice(start, min(start + largest, n_cells)) for start in range(0, n_cells, largest)]
 
         def run_piece(rows: slice) -> list[NDArray[np.float32]]:
             n_piece = rows.stop - rows.start
             n_rows = next(shape for shape in self.shapes if shape >= n_piece)
-            arrays = self._session.run(self.outputs, inputs_of(rows, n_rows))
-            return [array[:n_piece] for array in arrays]
+            arrays = self._session.run(names, inputs_of(rows, n_rows), *options)
+            chosen = [None if keep is None else keep[name] for name in names]
+            return [
+                array[:n_piece] if columns is None else array[:n_piece].take(columns, axis=1)
+                for array, columns in zip(arrays, chosen, strict=True)
+            ]
 
         pieces = [run_piece(rows) for rows in slices] if self._is_quiet else self._runtime.share(run_piece, slices)
         joined = pieces[0] if len(pieces) == 1 else [np.concatenate(arrays) for arrays in zip(*pieces, strict=True)]
-        return dict(zip(self.outputs, joined, strict=True))
+        return dict(zip(names, joined, strict=True))
 
     def run_flat(self, inputs: Mapping[str, Array]) -> NDArray[np.float32]:
         """The one output of a graph that takes each number for itself, padded so that all go through the same instructions.
@@ -270,6 +285,13 @@ class Session:
         outputs = self.run({name: array[order] for name, array in inputs.items()})
         first = {name: array[np.argsort(order, kind="stable")[::shape]] for name, array in outputs.items()}
         return first if _same_bits(outputs, {name: array[order] for name, array in first.items()}) else None
+
+
+def _partly() -> ort.RunOptions:
+    """Options of a run that computes what its outputs need and nothing else."""
+    options = ort.RunOptions()
+    options.only_execute_path_to_fetches = True
+    return options
 
 
 def _padded(array: Array, n_rows: int) -> Array:

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from service import metrics
-from service.cells.columns import Column, Columns, Labels, Vectors, concatenate, n_cells
+from service.cells.columns import Column, Columns, LabelLists, Labels, Vectors, concatenate, n_cells
 from service.cells.formats.format import Format
 from service.contract.store import ModelId
 from service.errors import BodyTooLarge
@@ -135,11 +135,13 @@ def differences(served: Columns, shadow: Columns) -> dict[str, Difference]:
 
 
 def _difference(served: Column, shadow: Column) -> Difference | None:
-    if isinstance(served, Labels) or isinstance(shadow, Labels):
-        if not (isinstance(served, Labels) and isinstance(shadow, Labels)):
+    if isinstance(served, Labels | LabelLists) or isinstance(shadow, Labels | LabelLists):
+        if not isinstance(served, Labels | LabelLists) or type(served) is not type(shadow):
             return None
-        one, other = np.array(served.words)[served.codes], np.array(shadow.words)[shadow.codes]
-        return one == other, None
+        one, other = _words(served), _words(shadow)
+        if one.shape != other.shape:
+            return None
+        return np.asarray((one == other).reshape(len(one), -1).all(axis=1)), None
     if isinstance(served, Vectors) and isinstance(shadow, Vectors) and served.names != shadow.names:
         return None
     first, second = served.values, shadow.values
@@ -152,3 +154,8 @@ def _difference(served: Column, shadow: Column) -> Difference | None:
         [one.tobytes() == other.tobytes() for one, other in zip(first, second, strict=True)], dtype=np.bool_
     )
     return is_same, np.nan_to_num(distance.max(axis=1, initial=0), nan=np.inf).astype(np.float32)
+
+
+def _words(column: Labels | LabelLists) -> NDArray[np.str_]:
+    known = column.used() if isinstance(column, LabelLists) else column
+    return np.array((*known.words, ""))[known.codes]

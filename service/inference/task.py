@@ -49,6 +49,12 @@ class Task:
     """(model, counts aligned to its genes, options) → columns, one entry per cell. A cell's values do not depend on other cells."""
 
     options: type[Options] = Options
+    needs_reference: bool = False
+    """Whether the artifact must hold reference cells."""
+
+    def offered_by(self, model: Model) -> bool:
+        """Whether a model has all that the task needs."""
+        return set(self.graphs) <= set(model.sessions) and (model.reference is not None or not self.needs_reference)
 
     def read_options(self, values: Mapping[str, str], model: Model) -> Options:
         """The options as a person wrote them, checked.

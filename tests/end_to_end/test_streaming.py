@@ -60,6 +60,34 @@ def test_same_bits(server: Server, client: Client, cells: ad.AnnData) -> None:
     assert head["genes"]["gene_overlap"] == 1.0
 
 
+def test_expression_streams_as_the_latent_does(server: Server, client: Client, cells: ad.AnnData) -> None:
+    """Of named genes at one library size: the bits of a request, piece by piece, and those of the whole genes."""
+    counts, named = many(cells, 1_200), "MS4A1,LYZ,NKG7"
+    sent = {"library_size": 1000, "batch": "pbmc3k"}
+    pieces = [counts[at : at + 500] for at in range(0, 1_200, 500)]
+    streamed = list(client.stream("reconstruct", iter(pieces), genes_of(cells), genes=named, **sent))
+    answers = [
+        httpx.post(
+            server.url + "/v1/reconstruct",
+            content=arrow_body(counts, tuple(genes_of(cells))),
+            headers={"Content-Type": ARROW},
+            params={**sent, **extra},
+            timeout=60,
+        )
+        for extra in ({"genes": named}, {})
+    ]
+    some, whole = (pa.ipc.open_stream(answer.content).read_all() for answer in answers)
+    found = np.concatenate([batch.column("expression").flatten().to_numpy() for batch in streamed])
+    names = json.loads(whole.schema.field("expression").metadata[b"names"])
+    everything = np.concatenate([chunk.flatten().to_numpy() for chunk in whole["expression"].chunks])
+    chosen = everything.reshape(1_200, -1)[:, [names.index(gene) for gene in named.split(",")]]
+
+    assert len(streamed) > 1
+    assert json.loads(streamed[0].schema.field("expression").metadata[b"names"]) == named.split(",")
+    assert found.tobytes() == np.concatenate([c.flatten().to_numpy() for c in some["expression"].chunks]).tobytes()
+    assert found.tobytes() == np.ascontiguousarray(chosen).tobytes()
+
+
 def test_memory_is_bounded(server: Server, client: Client, cells: ad.AnnData) -> None:
     """Many cells, more than one request may hold, pass through while both sides stay small."""
     counts = many(cells, 2_000)

@@ -9,7 +9,7 @@ import pyarrow as pa
 import pytest
 import scipy.sparse as sp
 
-from service.cells.columns import Labels, Values, Vectors
+from service.cells.columns import LabelLists, Labels, Values, Vectors
 from service.cells.formats.arrow import ArrowWriter
 from service.client import CellserveProblem, Client, fill, find_counts, read_answer
 from tests.builders import counts, gene_table, write_artifact
@@ -58,6 +58,7 @@ def answer(n_cells: int) -> pa.Table:
         "latent": Vectors(np.arange(n_cells * 2, dtype=np.float32).reshape(n_cells, 2)),
         "probabilities": Vectors(np.ones((n_cells, 2), np.float32), ("no", "yes")),
         "predicted_labels": Labels(np.arange(n_cells, dtype=np.int32) % 2, ("no", "yes")),
+        "neighbours": LabelLists(np.arange(n_cells * 2, dtype=np.int32).reshape(n_cells, 2) % 3, ("a", "b", "c")),
         "is_empty": Values(np.zeros(n_cells, bool)),
     }
     head = {"model": {"name": "m", "version": "1"}, "task": "embed"}
@@ -73,6 +74,8 @@ def test_filling(adata: ad.AnnData) -> None:
     assert filled.obs["predicted_labels"].tolist() == ["no", "yes", "no", "yes", "no", "yes"]
     assert filled.obs["predicted_labels"].dtype == "category"
     assert json.loads(filled.uns["cellserve"]["embed"])["counts_source"] == "X"
+    assert filled.obsm["neighbours"].iloc[1].tolist() == ["c", "a"]
+    assert list(filled.obsm["neighbours"].columns) == ["1", "2"]
     assert "X_m" not in adata.obsm
     with pytest.raises(ValueError, match="6 cells, but answers for 5"):
         fill(adata, [answer(5)], "X")
@@ -92,6 +95,7 @@ def test_over_http(url: str, adata: ad.AnnData, cells_per_request: int, tmp_path
     """However a data set is cut, the answers are the same; they can be written to .h5ad and read again."""
     with Client(url, model="tiny", cells_per_request=cells_per_request) as client:
         filled = client.reconstruct(client.annotate(client.embed(adata)), genes="G1,G5", library_size=100)
+        filled = client.run("map", filled, k=2)
         whole = client.embed(adata).obsm["X_tiny"]
         assert [model["name"] for model in client.models()] == ["tiny"]
     filled.write_h5ad(tmp_path / "filled.h5ad")
@@ -100,7 +104,9 @@ def test_over_http(url: str, adata: ad.AnnData, cells_per_request: int, tmp_path
     assert again.obsm["X_tiny"].tobytes() == whole.tobytes()
     assert list(again.obsm["expression"].columns) == ["G1", "G5"]
     assert again.obs["predicted_labels"].isin(["B", "T", "NK"]).all()
-    assert sorted(again.uns["cellserve"]) == ["annotate", "embed", "reconstruct"]
+    assert again.obsm["neighbours"].shape == (6, 2)
+    assert again.obsm["neighbours"].map(lambda name: name.startswith("set/")).all(axis=None)
+    assert sorted(again.uns["cellserve"]) == ["annotate", "embed", "map", "reconstruct"]
 
 
 def test_progress_of_a_data_set(url: str, adata: ad.AnnData) -> None:

@@ -41,8 +41,11 @@ def test_from_counts_to_a_version_and_back(command, tmp_path: Path, monkeypatch:
     assert (code, "tiny_a → tiny_b" in out) == (0, True)
     code, out, _ = command("export", "run")
     assert (code, out.strip()) == (0, "models_store/tiny/1")
-    code, out, _ = command("reproduce", "tiny.yaml", "--set", "fit.max_epochs=2")
-    assert (code, out.count("yes")) == (0, 3)
+    # A graph that the version does not have is not missed in it.
+    code, out, _ = command(
+        "reproduce", "tiny.yaml", "--set", "fit.max_epochs=2", "--set", "export.reference.project=true"
+    )
+    assert (code, out.count("yes"), "project" in out) == (0, 3, False)
     code, out, _ = command("reproduce", "tiny.yaml", "--set", "fit.max_epochs=2", "--set", "seed=1")
     assert (code, out.count("no ")) == (1, 3)
     code, _, err = command("export", "run", "--version", "1")

@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 import scipy.sparse as sp
 
-from service.cells.columns import Columns, Labels, Vectors
+from service.cells.columns import Columns, LabelLists, Labels, Vectors
 from service.cells.counts import Cells, csr
 from service.cells.formats.arrow_limits import check_decoded_size
 from service.cells.formats.format import Format, check_names
@@ -152,6 +152,16 @@ def _strings(words: Sequence[str]) -> pa.Array:
     return pa.StringArray.from_buffers(len(encoded), pa.py_buffer(offsets), pa.py_buffer(b"".join(encoded)))
 
 
+def _lists(column: LabelLists) -> pa.Array:
+    """Plain words, not those of a dictionary: each record batch has others."""
+    is_there = column.codes >= 0
+    words = _strings(column.words).take(_arrow(column.codes[is_there]))
+    if not column.is_ragged:
+        return pa.FixedSizeListArray.from_arrays(words, column.codes.shape[1])
+    offsets = np.concatenate(([0], np.cumsum(is_there.sum(axis=1)))).astype(np.int32)
+    return pa.ListArray.from_arrays(_arrow(offsets), words)
+
+
 def _joined(arrays: list[np.ndarray[Any, Any]]) -> np.ndarray[Any, Any]:
     return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
 
@@ -184,6 +194,8 @@ class ArrowWriter:
             metadata = None
             if isinstance(column, Labels):
                 array = pa.DictionaryArray.from_arrays(_arrow(column.codes), _strings(column.words))
+            elif isinstance(column, LabelLists):
+                array = _lists(column.used())
             elif isinstance(column, Vectors):
                 width = column.values.shape[1]
                 array = pa.FixedSizeListArray.from_arrays(_arrow(column.values.reshape(-1)), width)

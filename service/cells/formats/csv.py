@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import orjson
 
-from service.cells.columns import Column, Columns, Labels, Vectors, n_cells
+from service.cells.columns import Column, Columns, LabelLists, Labels, Vectors, n_cells
 from service.cells.formats.format import Format
 
 _FORMULA = re.compile(r"[=+\-@\t\r]")
@@ -43,6 +43,8 @@ class CsvWriter:
 
 
 def _names(key: str, column: Column) -> list[str]:
+    if isinstance(column, LabelLists) and not column.is_ragged:
+        return [f"{key}_{place}" for place in range(column.codes.shape[1])]
     if not isinstance(column, Vectors):
         return [key]
     parts = column.names if column.names is not None else range(column.values.shape[1])
@@ -54,6 +56,9 @@ def _fields(column: Column) -> list[str]:
     if isinstance(column, Labels):
         words = [_word(word) for word in column.words]
         return [words[code] for code in column.codes]
+    if isinstance(column, LabelLists):
+        # As many fields as a cell has words, or one field of all where their number differs from cell to cell.
+        return [_word("|".join(row)) if column.is_ragged else ",".join(map(_word, row)) for row in column.lists()]
     values = np.ascontiguousarray(column.values)
     rows = values if isinstance(column, Vectors) else values.reshape(-1, 1)
     # JSON's null is a number that there is none for: an empty field.
@@ -70,7 +75,8 @@ def _word(word: str) -> str:
 FORMAT = Format(
     media_type="text/csv",
     writer=CsvWriter,
-    description="One row per cell, `cell_id` first; a column per component of a vector (`latent_0`, `probabilities_B cell`). There is "
-    "no room for the head. A word that a spreadsheet would run as a formula (it begins with `=`, `+`, `-`, `@`) stands after an apostrophe.",
+    description="One row per cell, `cell_id` first; a column per component of a vector (`latent_0`, `probabilities_B cell`) and per word of a "
+    "list; words of lists that are not all equally long share a column, with `|` between them. There is no room for the "
+    "head. A word that a spreadsheet would run as a formula (it begins with `=`, `+`, `-`, `@`) stands after an apostrophe.",
     schema={"type": "string"},
 )

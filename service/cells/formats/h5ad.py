@@ -7,7 +7,8 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from service.cells.columns import Column, Columns, Labels, Vectors, n_cells
+from service.cells.columns import Column, Columns, LabelLists, Labels, Vectors, n_cells, take
+from service.cells.columns import arrays as arrays_of
 from service.cells.formats.format import Format
 from service.cells.hdf5 import messages
 
@@ -48,7 +49,7 @@ class ColumnsWriter:
 
     def write(self, columns: Columns, cell_ids: Sequence[str] | None) -> bytes:
         """Some cells; as many messages as it takes to keep each within its bound."""
-        width = sum(4 * column.values.shape[1] if isinstance(column, Vectors) else 4 for column in columns.values())
+        width = sum(4 * int(np.prod(array.shape[1:])) for array in arrays_of(columns).values())
         n_at_once = max(1, messages.MAX_ARRAY_BYTES // 2 // max(1, width + 4096))
         pieces = []
         for start in range(0, n_cells(columns), n_at_once):
@@ -61,12 +62,13 @@ class ColumnsWriter:
                     np.array([len(cell_id) for cell_id in encoded], dtype=np.int64),
                     np.frombuffer(b"".join(encoded), np.uint8),
                 ]
-            for name, column in columns.items():
+            part = {
+                name: column.used() if isinstance(column, LabelLists) else column
+                for name, column in take(columns, start, stop).items()
+            }
+            for (name, column), values in zip(part.items(), arrays_of(part).values(), strict=True):
                 described.append({"name": name, **_described(column)})
-                values = column.codes if isinstance(column, Labels) else column.values
-                arrays.append(
-                    values[start:stop].reshape(-1).astype("u1" if values.dtype == bool else values.dtype, copy=False)
-                )
+                arrays.append(values.reshape(-1).astype("u1" if values.dtype == bool else values.dtype, copy=False))
             head = {"n_cells": stop - start, "has_cell_ids": cell_ids is not None, "columns": described}
             pieces.append(messages.pack(head, arrays))
         return b"".join(pieces)
@@ -79,6 +81,9 @@ class ColumnsWriter:
 def _described(column: Column) -> dict[str, Any]:
     if isinstance(column, Labels):
         return {"kind": "labels", "words": column.words}
+    if isinstance(column, LabelLists):
+        width = column.codes.shape[1]
+        return {"kind": "lists", "width": width, "words": column.words, "is_ragged": column.is_ragged}
     if isinstance(column, Vectors):
         return {"kind": "vectors", "width": column.values.shape[1], "names": column.names}
     return {"kind": "flags" if column.values.dtype == bool else "values"}
@@ -91,6 +96,7 @@ FORMAT = Format(
     options=Places,
     description="An .h5ad file of any version of AnnData: counts in X, raw/X or a layer (options `layer`, `use_raw`), csr, csc or dense; "
     "names of genes in var_names or a column of var (option `gene_key`); obs_names are the cell ids. The answer is an .h5ad file without X: "
-    "vectors in obsm (`latent` as `X_<model>`), everything else in obs, the head as JSON in uns['cellserve'][task].",
+    "vectors and lists of words in obsm (`latent` as `X_<model>`), everything else in obs (with `|` between the words of lists that are not "
+    "all equally long), the head as JSON in uns['cellserve'][task].",
     schema={"type": "string", "format": "binary"},
 )

@@ -51,9 +51,13 @@ def write(read: Callable[[int], bytes], file: h5py.File) -> None:
             values = next(parts)
             if column["name"] not in columns:
                 columns[column["name"]] = _create(column, n_cells, obs, obsm, names, head["model"]["name"])
-            if column["kind"] == "vectors":
-                values = values.reshape(len(values) // column["width"], column["width"])
-            columns[column["name"]][position:stop] = values.astype(bool) if column["kind"] == "flags" else values
+            if column["kind"] in ("vectors", "lists"):
+                values = values.reshape(chunk["n_cells"], column["width"])
+            if column["kind"] == "flags":
+                values = values.astype(bool)
+            if column["kind"] == "lists":
+                values = _words(values, column)
+            columns[column["name"]][position:stop] = values
         position = stop
     obs.attrs["column-order"] = np.array([name for name in obs if name != "_index"], dtype=_TEXT)
 
@@ -69,6 +73,10 @@ def _create(
         if column["names"] is not None:
             _array(names, key, np.array(column["names"], dtype=_TEXT), "string-array")
         return _described(obsm.create_dataset(key, (n_cells, column["width"]), "f4"), "array")
+    if kind == "lists":
+        if column["is_ragged"]:
+            return _described(obs.create_dataset(name, (n_cells,), _TEXT), "string-array")
+        return _described(obsm.create_dataset(name, (n_cells, column["width"]), _TEXT), "string-array")
     if kind == "labels":
         group = obs.create_group(name)
         _describe(group, "categorical", "0.2.0")
@@ -76,6 +84,14 @@ def _create(
         _array(group, "categories", np.array(column["words"], dtype=_TEXT), "string-array")
         return _described(group.create_dataset("codes", (n_cells,), "i4"), "array")
     return _described(obs.create_dataset(name, (n_cells,), bool if kind == "flags" else "f4"), "array")
+
+
+def _words(codes: NDArray[np.int32], column: dict[str, Any]) -> NDArray[np.object_]:
+    """The words of each cell (n_cells, width), or all of them as one (n_cells,) where their number differs from cell to cell."""
+    words = column["words"]
+    if column["is_ragged"]:
+        return np.array(["|".join([words[code] for code in row if code >= 0]) for row in codes], dtype=object)
+    return np.array(words, dtype=object)[codes]
 
 
 def _next(read: Callable[[int], bytes]) -> messages.Message:

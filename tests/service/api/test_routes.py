@@ -5,6 +5,8 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import numpy as np
+import pyarrow as pa
 import pytest
 import schemathesis
 from hypothesis import HealthCheck, settings
@@ -15,7 +17,7 @@ from service.api import openapi, problems
 from service.api.routes import build_api
 from service.errors import CellserveError
 from service.inference import TASKS
-from tests.builders import gene_table, write_artifact
+from tests.builders import N_REFERENCE, gene_table, write_artifact
 from tests.conftest import serving
 from tests.end_to_end.server import running_server
 
@@ -49,6 +51,32 @@ async def test_a_model(tmp_path: Path, path: str) -> None:
     assert document["card"].startswith("# tiny")
     assert genes.content == gene_table().dump()
     assert genes.headers["content-type"].startswith("text/tab-separated-values")
+
+
+async def test_reference(tmp_path: Path) -> None:
+    """The cells that a model carries, in one order in every format, with batch, labels and coordinates."""
+    write_artifact(tmp_path)
+    write_artifact(tmp_path, version="2", has_reference=False)
+    async with serving(tmp_path) as client:
+        answer = await client.get("/v1/models/tiny/versions/1/reference")
+        arrow = await client.get(
+            "/v1/models/tiny/versions/1/reference", headers={"Accept": "application/vnd.apache.arrow.stream"}
+        )
+        absent = await client.get("/v1/models/tiny/versions/2/reference")
+        other = await client.get("/v1/models/tiny/versions/1/reference", headers={"Accept": "image/png"})
+    document = answer.json()
+    table = pa.ipc.open_stream(arrow.content).read_all()
+
+    assert document["model"] == {"name": "tiny", "version": "1"}
+    assert document["reference"]["n_cells"] == len(document["cells"]) == len(table) == N_REFERENCE
+    assert list(document["cells"][0]) == ["cell_id", "batch", "cell_type", "umap"]
+    assert document["cells"][-1]["cell_type"] == "Unlabelled"
+    assert [cell["cell_id"] for cell in document["cells"]] == table["cell_id"].to_pylist()
+    assert [cell["batch"] for cell in document["cells"]] == table["batch"].to_pylist()
+    coordinates = [[cell["umap"]["umap_1"], cell["umap"]["umap_2"]] for cell in document["cells"]]
+    assert np.array(coordinates, np.float32).tobytes() == table["umap"].combine_chunks().flatten().to_numpy().tobytes()
+    assert (absent.status_code, absent.json()["code"]) == (404, "no_reference")
+    assert (other.status_code, other.json()["code"]) == (406, "not_acceptable")
 
 
 @pytest.mark.parametrize("name", ["nope", "tiny@1", "%2e%2e", "..%2f..%2fetc", "a" * 5000, "%00"])

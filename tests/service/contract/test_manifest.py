@@ -65,6 +65,8 @@ def test_round_trip(tmp_path: Path) -> None:
 def is_right_too(at: tuple[Any, ...], value: Any) -> bool:
     """Whether a value is of a type that the place may have beside that of the tiny model."""
     right = get(DOCUMENT, at)
+    if value is None and dotted(at) in ("reference", "reference.umap", "reference.vote"):
+        return True
     if at[-2:-1] in {("ontology_ids",), ("shape",)}:
         return value is None or isinstance(value, str | int)  # a class without a term; an axis without a name
     if isinstance(value, dict):
@@ -94,7 +96,9 @@ def test_unknown_fields_anywhere(tmp_path: Path, at: tuple[Any, ...]) -> None:
         read(tmp_path, with_value((*at, "surprise"), 1))
 
 
-REQUIRED = [(key,) for key in DOCUMENT if key != "labels"] + [("genes", key) for key in DOCUMENT["genes"]]
+REQUIRED = [(key,) for key in DOCUMENT if key not in ("labels", "reference")] + [
+    ("genes", key) for key in DOCUMENT["genes"]
+]
 
 
 @pytest.mark.parametrize("at", REQUIRED, ids=dotted)
@@ -219,7 +223,50 @@ def test_labels() -> None:
     ):
         with pytest.raises(ValidationError):
             Manifest.model_validate({**DOCUMENT, "labels": [{**level, **changes}]})
-    Manifest.model_validate({**DOCUMENT, "labels": []})
+    Manifest.model_validate({**DOCUMENT, "labels": [], "reference": None})
+    with pytest.raises(ValidationError, match="cell_type, which is no label level"):
+        Manifest.model_validate({**DOCUMENT, "labels": []})
+
+
+@pytest.mark.parametrize(
+    ("changes", "found"),
+    [
+        ({"n_cells": 24}, "24 cells cannot be drawn from 23"),
+        ({"n_cells": 0}, "n_cells"),
+        ({"latent": "reference/other.npy"}, "files does not list reference/other.npy"),
+        ({"latent": "../latent.npy"}, "latent"),
+        ({"metric": "cosine"}, "metric"),
+        ({"index": "hnsw"}, "index"),
+        ({"vote": {"n_neighbours": 24, "weighting": "uniform", "answers": {}}}, "24 neighbours vote"),
+        ({"vote": {"n_neighbours": 101, "weighting": "uniform", "answers": {}}}, "n_neighbours"),
+        ({"vote": {"n_neighbours": 5, "weighting": "best", "answers": {}}}, "weighting"),
+        ({"vote": {"n_neighbours": 5, "weighting": "uniform", "answers": {"cell_type": "both"}}}, "cell_type"),
+    ],
+)
+def test_reference(changes: dict[str, Any], found: str) -> None:
+    """What is said of the reference cells is possible."""
+    with pytest.raises(ValidationError, match=found):
+        Manifest.model_validate({**DOCUMENT, "reference": {**DOCUMENT["reference"], **changes}})
+
+
+@pytest.mark.parametrize(
+    ("graph", "part", "at", "changes", "found"),
+    [
+        ("project", "outputs", 0, {"name": "tsne"}, "project does not"),
+        ("project", "outputs", 0, {"shape": ["n", 3]}, "project does not"),
+        ("project", "inputs", 0, {"name": "counts"}, "project does not"),
+        ("decode", "outputs", 1, {"shape": ["n", 3]}, "expression_variance"),
+    ],
+)
+def test_signatures(graph: str, part: str, at: int, changes: dict[str, Any], found: str) -> None:
+    """Graphs whose tensors have a meaning have those tensors."""
+    document = deepcopy(DOCUMENT)
+    document["graphs"][graph][part][at].update(changes)
+    if "name" in changes and part == "outputs":
+        for where in (document["golden"]["tolerance"], document["parity"]["outputs"]):
+            where[f"{graph}/{changes['name']}"] = where.pop(f"{graph}/umap")
+    with pytest.raises(ValidationError, match=found):
+        Manifest.model_validate(document)
 
 
 def test_a_manifest_is_immutable() -> None:

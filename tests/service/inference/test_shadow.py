@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from prometheus_client import REGISTRY
 
-from service.cells.columns import Labels, Values, Vectors
+from service.cells.columns import LabelLists, Labels, Values, Vectors
 from service.contract.store import ModelId, Store
 from service.contract.traffic import Traffic
 from service.inference import TASKS, shadow
@@ -182,6 +182,9 @@ def test_differences() -> None:
         "flag": Values(np.array([True, False, True])),
         "named": Vectors(np.zeros((3, 2), dtype=np.float32), ("a", "b")),
         "wide": Vectors(np.zeros((3, 2), dtype=np.float32)),
+        "near": LabelLists(np.array([[0, 1], [1, 1], [0, 0]], dtype=np.int32), ("a", "b")),
+        "fewer": LabelLists(np.zeros((3, 2), dtype=np.int32), ("a",)),
+        "one": Labels(np.zeros(3, dtype=np.int32), ("a",)),
         "only": Values(np.zeros(3, dtype=np.float32)),
     }
     other = {
@@ -190,10 +193,14 @@ def test_differences() -> None:
         "flag": Values(np.array([True, True, True])),
         "named": replace(served["named"], names=("b", "a")),
         "wide": Vectors(np.zeros((3, 3), dtype=np.float32)),
+        "near": LabelLists(np.array([[1, 0], [0, 1], [1, 1]], dtype=np.int32), ("b", "a")),
+        "fewer": LabelLists(np.zeros((3, 1), dtype=np.int32), ("a",)),
+        "one": LabelLists(np.zeros((3, 1), dtype=np.int32), ("a",)),
     }
     found = differences(served, other)
 
-    assert set(found) == {"label", "vector", "flag"}
+    assert set(found) == {"label", "vector", "flag", "near"}
+    assert (found["near"][0].tolist(), found["near"][1]) == ([True, False, True], None)
     assert found["label"][0].tolist() == [True, False, True]
     assert found["vector"][0].tolist() == [True, False, False]
     assert found["vector"][1] is not None

@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from service.cells.columns import Labels, Values, Vectors
+from service.cells.columns import LabelLists, Labels, Values, Vectors
 from service.cells.formats.arrow import COUNT_TYPES, GENE_TYPES, ArrowWriter, read
 from service.cells.formats.json import read as read_json
 from service.errors import BodyTooLarge, CellserveError, InvalidCells, MalformedBody, NoCells
@@ -202,6 +202,7 @@ def test_answers() -> None:
         "score": Values(random.random(5).astype(np.float32)),
         "flag": Values(np.array([True, False, True, True, False])),
         "label": Labels(np.array([1, 0, 1, 1, 0], np.int32), ("no", "yés")),
+        "near": LabelLists(np.array([[2, 0], [2, 2], [0, 2], [2, 0], [0, 0]], np.int32), ("é", "nobody's", "b")),
     }
     writer = ArrowWriter()
     content = (
@@ -217,6 +218,8 @@ def test_answers() -> None:
     assert table["latent"].chunk(0).flatten().to_numpy().tobytes() == columns["latent"].values.tobytes()
     assert table["score"].chunk(1).to_numpy().tobytes() == columns["score"].values.tobytes()
     assert table["flag"].to_pylist() == columns["flag"].values.tolist() * 2
+    assert table["near"].to_pylist() == [["b", "é"], ["b", "b"], ["é", "b"], ["b", "é"], ["é", "é"]] * 2
+    assert b"nobody's" not in content
     assert table["label"].to_pylist() == ["yés", "no", "yés", "yés", "no"] * 2
     table.validate(full=True)
 

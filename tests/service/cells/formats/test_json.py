@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from service.cells.columns import Labels, Values, Vectors
+from service.cells.columns import LabelLists, Labels, Values, Vectors
 from service.cells.counts import check_raw
 from service.cells.formats import format as wire_format
 from service.cells.formats.json import JsonWriter, read
@@ -269,10 +269,15 @@ def test_an_answer_cut_anywhere() -> None:
 
 def test_an_answer_has_a_line_per_cell() -> None:
     """One cell stands on one line, so that answers can be read as they arrive."""
-    columns = {"flag": Values(np.array([True, False])), "v": Vectors(np.zeros((2, 2), np.float32))}
+    columns = {
+        "flag": Values(np.array([True, False])),
+        "v": Vectors(np.zeros((2, 2), np.float32)),
+        "near": LabelLists(np.array([[1, 0], [1, 1]], np.int32), ("a", "b")),
+    }
     writer = JsonWriter()
     lines = (writer.start({"model": "m"}) + writer.write(columns, None) + writer.end()).decode().splitlines()
-    assert lines == ['{"model":"m","cells":[', '{"flag":true,"v":[0.0,0.0]},', '{"flag":false,"v":[0.0,0.0]}', "]}"]
+    cells = ['{"flag":true,"v":[0.0,0.0],"near":["b","a"]},', '{"flag":false,"v":[0.0,0.0],"near":["b","b"]}']
+    assert lines == ['{"model":"m","cells":[', *cells, "]}"]
 
 
 def test_answers_of_any_layout() -> None:

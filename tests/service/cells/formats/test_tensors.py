@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
-from service.cells.columns import Labels, Values, Vectors
+from service.cells.columns import LabelLists, Labels, Values, Vectors
 from service.cells.formats import tensors
 from service.cells.formats.encodings import decoded
 from service.cells.formats.tensor_cells import cells
@@ -256,6 +256,20 @@ def test_answers() -> None:
     plain, no_length = tensors.write({}, [(name, column, False) for name, column, _ in columns])
     assert no_length is None
     assert [output["data"] for output in json.loads(plain)["outputs"][1:3]] == [["Tβ", "B"], [True, False]]
+
+
+def test_answers_of_several_words() -> None:
+    """The words of a cell stand one after the other, as the shape says."""
+    column = LabelLists(np.array([[2, 0], [0, 0]], np.int32), ("B", "nobody's", "Tβ"))
+    plain, _ = tensors.write({}, [("near", column, False)])
+    assert json.loads(plain)["outputs"][0] == {
+        "name": "near",
+        "datatype": "BYTES",
+        "shape": [2, 2],
+        "data": ["Tβ", "B", "B", "B"],
+    }
+    content, length = tensors.write({}, [("near", column, True)])
+    assert content[length:] == b"\x03\0\0\0T\xce\xb2" + b"\x01\0\0\0B" * 3
 
 
 @pytest.mark.parametrize(("encoding", "encode"), [("gzip", gzip.compress), ("deflate", zlib.compress)])
