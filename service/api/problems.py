@@ -33,6 +33,7 @@ STATUS: dict[type[errors.CellserveError], int] = {
     errors.InvalidCells: 422,
     errors.NoCells: 422,
     errors.TooFewGenes: 422,
+    errors.SpeciesMismatch: 422,
     errors.NotRawCounts: 422,
     errors.QueueFull: 429,
     errors.DeadlineTooShort: 429,

@@ -23,6 +23,8 @@ class Model:
     sessions: dict[str, Session]
     runtime: Runtime
     card: str
+    golden_counts: sp.csr_matrix
+    """Counts of the golden cells that are not empty: real cells, held out from training."""
 
     @property
     def id(self) -> str:
@@ -116,6 +118,10 @@ class _Buffers(threading.local):
 _buffers = _Buffers()
 
 
+def _filled(counts: NDArray[np.float32]) -> sp.csr_matrix:
+    return sp.csr_matrix(counts[counts.sum(axis=1) > 0])
+
+
 def load(artifact: Artifact, runtime: Runtime, is_quiet: bool = False) -> Model:
     """Make sessions of an artifact's graphs and let its golden cells prove them on this machine, which also warms them up.
 
@@ -146,8 +152,16 @@ def load(artifact: Artifact, runtime: Runtime, is_quiet: bool = False) -> Model:
         sessions[str(name)] = session
     return Model(
         manifest=manifest,
-        genes=GeneIndex(artifact.genes, manifest.id, manifest.genes.min_gene_overlap, manifest.genes.species),
+        genes=GeneIndex(
+            artifact.genes,
+            manifest.id,
+            manifest.genes.min_gene_overlap,
+            manifest.genes.species,
+            artifact.ambiguous_names,
+            manifest.missing_genes,
+        ),
         sessions=sessions,
         runtime=runtime,
         card=artifact.card,
+        golden_counts=_filled(golden["encode/counts"]),
     )

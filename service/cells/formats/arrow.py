@@ -57,6 +57,20 @@ def read(body: bytes, max_decoded_bytes: int) -> Cells:
     return Cells(genes=genes, counts=_counts(batches, len(genes)), cell_ids=cell_ids)
 
 
+def read_genes(body: bytes) -> tuple[str, ...]:
+    """Names of the genes in the metadata of a stream's schema; what follows it is not looked at.
+
+    Raises:
+        MalformedBody: not an Arrow stream.
+        InvalidCells: no list of names in the metadata.
+    """
+    try:
+        with pa.ipc.open_stream(body) as reader:
+            return _genes(reader.schema)
+    except (pa.ArrowException, OSError, EOFError) as error:
+        raise MalformedBody(problem=f"The body is not an Arrow IPC stream: {str(error)[:200]}.") from None
+
+
 def _genes(schema: pa.Schema) -> tuple[str, ...]:
     encoded = (schema.metadata or {}).get(GENES_KEY)
     if encoded is None:
@@ -228,4 +242,5 @@ FORMAT = Format(
     "`count` (list of the same length), optionally `cell_id` (string) and `batch` (ignored by models whose encoder needs no batch, which "
     "are all of schema_version 1). Record batches may be compressed (lz4, zstd). The answer streams back batch by batch.",
     schema={"type": "string", "format": "binary"},
+    read_genes=read_genes,
 )

@@ -40,6 +40,9 @@ class Format:
     schema: dict[str, Any]
     """JSON Schema of the request body, for OpenAPI."""
 
+    read_genes: Callable[[bytes], tuple[str, ...]] | None = None
+    """Body → names of the genes alone, cells or none. Raises MalformedBody, InvalidCells. None where a format has no way to say that."""
+
 
 def check_names(names: object, what: str) -> tuple[str, ...]:
     """A list of names as a tuple.

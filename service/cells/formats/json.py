@@ -52,6 +52,22 @@ def read(body: bytes, max_decoded_bytes: int) -> Cells:  # noqa: ARG001 - JSON c
     return Cells(genes=genes, counts=_counts(rows, genes), cell_ids=cell_ids)
 
 
+def read_genes(body: bytes) -> tuple[str, ...]:
+    """Names of the genes of a JSON body: a list of them, or an object with `genes`, whatever else it holds.
+
+    Raises:
+        MalformedBody: not JSON, with line and column.
+        InvalidCells: there is no list of names in it.
+    """
+    try:
+        document = strict_json.loads(body)
+    except ValueError as error:
+        raise MalformedBody(problem=f"The body is not valid JSON: {error}.{_csv_hint(body[:4000])}") from None
+    if isinstance(document, dict) and "genes" not in document:
+        raise InvalidCells(problem="The body must be a list of names, or an object with 'genes'.")
+    return check_names(document["genes"] if isinstance(document, dict) else document, "genes")
+
+
 def _counts(rows: list[Any], genes: tuple[str, ...]) -> sp.csr_matrix:
     column_of = {gene: column for column, gene in reversed(list(enumerate(genes)))}
     indices, values = [], []
@@ -170,4 +186,5 @@ FORMAT = Format(
             "cell_ids": {"type": "array", "items": _NAME, "minItems": 1},
         },
     },
+    read_genes=read_genes,
 )

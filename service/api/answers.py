@@ -1,0 +1,41 @@
+"""Answers about a whole request: one JSON object, and the columns of all cells behind it."""
+
+from collections.abc import Collection
+from typing import Any
+
+import orjson
+import scipy.sparse as sp
+from starlette.responses import Response
+
+from service.api import request_id
+from service.api.state import State
+from service.api.tasks import next_chunk
+from service.cells.columns import Columns, concatenate, n_cells
+from service.inference.batcher import Work
+from service.inference.model import Model
+
+
+def json_answer(model: Model, content: dict[str, Any]) -> Response:
+    """An object with the model and the request id before the rest."""
+    document = {
+        "model": {"name": model.manifest.name, "version": model.manifest.version},
+        "request_id": request_id.current.get(),
+        **content,
+    }
+    body = orjson.dumps(document, option=orjson.OPT_INDENT_2 | orjson.OPT_SERIALIZE_NUMPY) + b"\n"
+    return Response(body, headers={"X-Cellserve-Model": model.id}, media_type="application/json")
+
+
+async def run_whole(app: State, work: Work, counts: sp.csr_matrix, names: Collection[str]) -> Columns:
+    """Those columns of the answer of all cells whose name is among `names`; what is not asked for is dropped chunk by chunk.
+
+    Raises:
+        as `Batcher.run` does.
+        RequestTimeout: a chunk took too long.
+    """
+    chunks, parts, n_left = app.batcher.run(work, counts), [], int(counts.shape[0])
+    while n_left:
+        columns = await next_chunk(chunks, app.timeout_seconds)
+        n_left -= n_cells(columns)
+        parts.append({name: column for name, column in columns.items() if name in names})
+    return concatenate(parts)
