@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from service.contract import artifact
+from service.contract import ambiguous_names, artifact
 from service.contract.manifest import (
     BatchPolicy,
     DataSource,
@@ -18,7 +18,7 @@ from service.contract.manifest import (
     Provenance,
 )
 from service.inference.session import Runtime, Session
-from training import archive, imputation, parity
+from training import archive, imputation, missing_genes, parity
 from training.data import source
 from training.data.prepared import encode_cells
 from training.data.splits import TEST, VALIDATION
@@ -29,6 +29,7 @@ from training.parity import Arrays
 from training.run import Run
 
 GENES, GOLDEN = "genes.tsv", "golden.npz"
+AMBIGUOUS = "reference/ambiguous_names.tsv"
 
 
 def build(run: Run, version: str) -> tuple[Manifest, dict[str, bytes]]:
@@ -55,8 +56,10 @@ def build(run: Run, version: str) -> tuple[Manifest, dict[str, bytes]]:
         for name, graph in signatures.items()
         for tensor in graph.outputs
     }
-    table = gene_table(run.family, run.prepared, run.config.species)
+    table, ambiguous = gene_table(run.family, run.prepared, run.config.species)
     contents |= {GENES: table.dump(), GOLDEN: archive.dump(golden), artifact.CARD: b""}
+    contents |= {AMBIGUOUS: ambiguous_names.dump(ambiguous)} if ambiguous else {}
+    levels = label_levels(run) if "classify" in graphs else ()
     manifest = Manifest(
         name=run.config.name,
         version=version,
@@ -71,11 +74,17 @@ def build(run: Run, version: str) -> tuple[Manifest, dict[str, bytes]]:
             species=run.config.species,
             digest=table.digest,
             min_gene_overlap=run.config.export.min_gene_overlap,
+            ambiguous_names=AMBIGUOUS if ambiguous else None,
         ),
         graphs=signatures,
         batch=batch_policy(run),
-        labels=label_levels(run) if "classify" in graphs else (),
+        labels=levels,
         modalities=tuple(modality(run, found) for found in run.family.imputes),
+        missing_genes=missing_genes.measure(
+            run,
+            missing_genes.Graphs(sessions, signatures, levels[0].name if levels else None),
+            table.encoder_weight,
+        ),
         golden=Golden(file=GOLDEN, tolerance=golden_tolerance),
         parity=Parity(n_cells=len(inputs["counts"]), outputs=differences),
         provenance=provenance(run),

@@ -46,7 +46,7 @@ async def check(request: Request) -> Response:
 async def _measure(app: State, model: Model, missing: NDArray[np.int64]) -> dict[str, Any] | None:
     """How far the golden cells move when these very genes are taken away; None where the artifact has no unit for that."""
     measured = model.manifest.missing_genes
-    if measured is None:
+    if measured is None or not model.golden_counts.shape[0]:
         return None
     work = Work(model=model, task=displacement.TASK, options=Options())
     columns = await run_whole(app, work, displacement.pairs(model.golden_counts, missing), ("latent", "best_class"))
