@@ -23,7 +23,6 @@ KNOTS = (0.0, 0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.
 """Weights of missing genes at which the table has an entry."""
 
 
-
 @dataclass(frozen=True)
 class Graphs:
     """The exported graphs, as far as they are needed here."""
@@ -101,7 +100,11 @@ def gene_sets(weight: NDArray[np.float32], mean: NDArray[np.float32], seed: int)
     for share in SHARES:
         for _ in range(N_RANDOM):
             yield np.sort(generator.permutation(len(weight))[: max(1, round(share * len(weight)))])
-    for order in (np.argsort(-weight, kind="stable"), np.argsort(weight, kind="stable"), np.argsort(-mean, kind="stable")):
+    for order in (
+        np.argsort(-weight, kind="stable"),
+        np.argsort(weight, kind="stable"),
+        np.argsort(-mean, kind="stable"),
+    ):
         held = np.cumsum(weight[order], dtype=np.float64)
         for share in SHARES:
             yield np.sort(order[: max(1, int(np.searchsorted(held, share)))])

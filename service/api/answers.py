@@ -1,6 +1,6 @@
 """Answers about a whole request: one JSON object, and the columns of all cells behind it."""
 
-from collections.abc import Collection
+from collections.abc import Callable
 from typing import Any
 
 import orjson
@@ -26,8 +26,8 @@ def json_answer(model: Model, content: dict[str, Any]) -> Response:
     return Response(body, headers={"X-Cellserve-Model": model.id}, media_type="application/json")
 
 
-async def run_whole(app: State, work: Work, counts: sp.csr_matrix, names: Collection[str]) -> Columns:
-    """Those columns of the answer of all cells whose name is among `names`; what is not asked for is dropped chunk by chunk.
+async def run_whole(app: State, work: Work, counts: sp.csr_matrix, reduce: Callable[[Columns], Columns]) -> Columns:
+    """What `reduce` makes of the answer of each chunk of cells, for all cells; the rest is dropped chunk by chunk.
 
     Raises:
         as `Batcher.run` does.
@@ -37,5 +37,5 @@ async def run_whole(app: State, work: Work, counts: sp.csr_matrix, names: Collec
     while n_left:
         columns = await next_chunk(chunks, app.timeout_seconds)
         n_left -= n_cells(columns)
-        parts.append({name: column for name, column in columns.items() if name in names})
+        parts.append(reduce(columns))
     return concatenate(parts)

@@ -49,5 +49,5 @@ async def _measure(app: State, model: Model, missing: NDArray[np.int64]) -> dict
     if measured is None or not model.golden_counts.shape[0]:
         return None
     work = Work(model=model, task=displacement.TASK, options=Options())
-    columns = await run_whole(app, work, displacement.pairs(model.golden_counts, missing), ("latent", "best_class"))
+    columns = await run_whole(app, work, displacement.pairs(model.golden_counts, missing), dict)
     return displacement.effect(columns, measured.neighbour_distance)

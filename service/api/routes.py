@@ -8,7 +8,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from service import metrics
-from service.api import catalogue, genes_check, health, oip, oip_infer, openapi, problems
+from service.api import catalogue, genes_check, health, oip, oip_infer, openapi, problems, whole_query
 from service.api.access import Access, route
 from service.api.drain import Draining
 from service.api.request_id import RequestId
@@ -23,6 +23,7 @@ def build_api(state: State) -> Starlette:
     metrics.initialise(tuple(TASKS), problems.CODES)
     routes = [
         *(route(f"/v1/{task.name}", endpoint(task), "POST") for task in TASKS.values()),
+        *(route(f"/v1/{one.name}", whole_query.endpoint(one), "POST") for one in whole_query.QUESTIONS),
         route("/v1/genes/check", genes_check.check, "POST"),
         route("/v1/models", catalogue.list_models, "GET"),
         route("/v1/models/{name}", catalogue.show_model, "GET"),

@@ -41,7 +41,9 @@ _ID = re.compile(r"ENS([A-Z]*)G\d{11}(\.\d+)?")
 _OWN_ID = re.compile(r"(FBgn|WBGene)\d{7,8}")
 _GENOME = re.compile(r"(hg19|hg38|GRCh37|GRCh38|mm10|mm39|GRCm38|GRCm39)_+", re.IGNORECASE)
 # Cd3d, Gm1234, H2-Aa, 2610301B20Rik, mt-Nd1. C1orf112 is human: HGNC writes "orf" small.
-_MOUSE_LIKE = re.compile(r"[A-Z][a-z][a-z0-9.-]*|[A-Z][a-z0-9]*[a-z][A-Za-z0-9.-]*|H2-[A-Z]+[a-z0-9]*|\d{7}[A-Z]\d\dRik|mt-[A-Z][a-z0-9]+")
+_MOUSE_LIKE = re.compile(
+    r"[A-Z][a-z][a-z0-9.-]*|[A-Z][a-z0-9]*[a-z][A-Za-z0-9.-]*|H2-[A-Z]+[a-z0-9]*|\d{7}[A-Z]\d\dRik|mt-[A-Z][a-z0-9]+"
+)
 _OPEN_FRAME = re.compile(r"C(\d+|X|Y)orf\d+")
 _UPPER = re.compile(r"[A-Z][A-Z0-9.@-]*")
 # Names that only mouse genes have: a list with many of them in capitals was a mouse's before somebody changed its case.
@@ -116,7 +118,9 @@ def guess_species(genes: Sequence[str]) -> SpeciesGuess:
         for species, number in by_id.most_common(3)
     ]
     if capitalised:
-        evidence.append(f"{len(capitalised) / n:.0%} are written as mouse and rat symbols are ({', '.join(capitalised[:3])})")
+        evidence.append(
+            f"{len(capitalised) / n:.0%} are written as mouse and rat symbols are ({', '.join(capitalised[:3])})"
+        )
     if upper:
         evidence.append(f"{len(upper) / n:.0%} are written in capitals, as human symbols are ({', '.join(upper[:3])})")
     if len(once_mouse) / n >= ONCE_MOUSE_SHARE:

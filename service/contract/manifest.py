@@ -180,6 +180,49 @@ class Modality(Strict):
         return self
 
 
+QUANTILES = ("0.05", "0.25", "0.5", "0.75", "0.95")
+
+
+class Distribution(Strict):
+    """How a number is distributed over cells."""
+
+    mean: float
+    quantiles: dict[Literal["0.05", "0.25", "0.5", "0.75", "0.95"], float]
+    """All five, ascending."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "Distribution":
+        values = [self.quantiles.get(quantile) for quantile in QUANTILES]  # type: ignore[call-overload]
+        if None in values or values != sorted(values):
+            raise ValueError(f"quantiles must be {', '.join(QUANTILES)}, and ascend")
+        return self
+
+
+class LevelProfile(Strict):
+    """How the reference's cells look at one label level."""
+
+    shares: dict[str, Annotated[float, Field(ge=0, le=1)]]
+    """Of its labelled cells, by class; classes of none are left out."""
+
+    conf_score: Distribution
+    entropy: Distribution
+    """Of the probabilities, over that of equal ones: 0 to 1."""
+
+    n_held_out: Annotated[int, Field(gt=0)]
+    """Cells that were not trained on, which `conf_score` and `entropy` are of: the model is too sure of the others."""
+
+
+class Profile(Strict):
+    """What the reference's own cells look like, so that a drift of what is sent can be seen."""
+
+    n_cells: Annotated[int, Field(gt=0)]
+    library_size: Distribution
+    """Counts per cell in the genes of the model."""
+
+    labels: dict[str, LevelProfile] = {}
+    """By label level."""
+
+
 class Difference(Strict):
     """Largest differences between ONNX Runtime (float32) and torch (float64) over held-out cells."""
 
@@ -254,6 +297,9 @@ class Manifest(Strict):
     missing_genes: MissingGenes | None = None
     """What missing genes do to an embedding."""
 
+    profile: Profile | None = None
+    """What is sent can be compared with; null where the reference was not at hand."""
+
     calibration: dict[str, Any] = {}
     thresholds: dict[str, float] = {}
     metrics: dict[str, float] = {}
@@ -294,6 +340,10 @@ class Manifest(Strict):
                 raise ValueError(
                     f"classify has no output probabilities_{level.name} of shape [n, {len(level.classes)}]"
                 )
+        classes = {level.name: set(level.classes) for level in self.labels}
+        for name, known in (self.profile.labels if self.profile is not None else {}).items():
+            if unknown := sorted(set(known.shares) - classes.get(name, set())):
+                raise ValueError(f"profile.labels.{name} names {unknown[0]}, which is no class")
         return self
 
     @property

@@ -32,7 +32,10 @@ def effect(columns: Columns, neighbour_distance: float) -> dict[str, Any]:
     assert isinstance(latent, Vectors)
     assert isinstance(best, Values)
     n_cells = len(latent.values) // 2
-    moved = np.linalg.norm(latent.values[:n_cells].astype(np.float64) - latent.values[n_cells:], axis=1) / neighbour_distance
+    moved = (
+        np.linalg.norm(latent.values[:n_cells].astype(np.float64) - latent.values[n_cells:], axis=1)
+        / neighbour_distance
+    )
     changes = best.values[:n_cells] != best.values[n_cells:]
     return {
         "n_cells": n_cells,

@@ -13,7 +13,7 @@ from service.cells.formats.format import Format, check_names
 from service.contract import strict_json
 from service.errors import InvalidCells, MalformedBody, NoCells
 
-FIELDS = ("genes", "cells", "cell_ids")
+FIELDS = ("genes", "cells", "cell_ids", "clusters")
 
 
 def read(body: bytes, max_decoded_bytes: int) -> Cells:  # noqa: ARG001 - JSON cannot grow by decoding
@@ -46,10 +46,17 @@ def read(body: bytes, max_decoded_bytes: int) -> Cells:  # noqa: ARG001 - JSON c
         )
     if not rows:
         raise NoCells
-    cell_ids = check_names(document["cell_ids"], "cell_ids") if document.get("cell_ids") is not None else None
-    if cell_ids is not None and len(cell_ids) != len(rows):
-        raise InvalidCells(problem=f"'cell_ids' has {len(cell_ids):,} names for {len(rows):,} cells.")
-    return Cells(genes=genes, counts=_counts(rows, genes), cell_ids=cell_ids)
+    named = {field: _one_per_cell(document, field, len(rows)) for field in ("cell_ids", "clusters")}
+    return Cells(genes=genes, counts=_counts(rows, genes), **named)
+
+
+def _one_per_cell(document: dict[str, Any], field: str, n_cells: int) -> tuple[str, ...] | None:
+    if document.get(field) is None:
+        return None
+    names = check_names(document[field], field)
+    if len(names) != n_cells:
+        raise InvalidCells(problem=f"'{field}' has {len(names):,} names for {n_cells:,} cells.")
+    return names
 
 
 def read_genes(body: bytes) -> tuple[str, ...]:
@@ -166,7 +173,8 @@ FORMAT = Format(
     read=read,
     writer=JsonWriter,
     description="An object with `genes` (all genes that were measured) and `cells`, each a list of counts in the order of `genes` or "
-    "an object of gene: count in which genes that are left out count zero; optionally `cell_ids`.",
+    "an object of gene: count in which genes that are left out count zero; optionally `cell_ids`, and `clusters`, which only `check` and "
+    "`markers` look at.",
     schema={
         "type": "object",
         "required": ["genes", "cells"],
@@ -184,6 +192,7 @@ FORMAT = Format(
                 },
             },
             "cell_ids": {"type": "array", "items": _NAME, "minItems": 1},
+            "clusters": {"type": "array", "items": _NAME, "minItems": 1},
         },
     },
     read_genes=read_genes,
