@@ -78,8 +78,12 @@ class Question:
     """A route of this kind."""
 
     name: str
+    summary: str
+    description: str
     options: type[Options]
     answer: Callable[[State, Model, Cells, Options], Awaitable[dict[str, Any]]]
+    required: tuple[str, ...]
+    """Members that every answer has, besides those of all."""
 
 
 def endpoint(question: Question) -> Endpoint:
@@ -175,8 +179,29 @@ async def rank_markers(app: State, model: Model, cells: Cells, options: Options)
     }
 
 
-CHECK = Question("check", CheckOptions, check)
-MARKERS = Question("markers", MarkersOptions, rank_markers)
+CHECK = Question(
+    name="check",
+    summary="How a whole query maps: green, amber or red, and why",
+    description=(
+        "`verdict` and `reasons`; `checks`, everything that was looked at, with its value and limits; `mapping`, the share of cells that map "
+        "well and their labels; `counts` and `genes`. Cells that tasks refuse are red, and `refused` says why. With clusters in the body "
+        "`majority_labels` names the label that most cells of each cluster have."
+    ),
+    options=CheckOptions,
+    answer=check,
+    required=("depends_on", "verdict", "reasons", "checks"),
+)
+MARKERS = Question(
+    name="markers",
+    summary="Which genes separate groups of cells in the query itself",
+    description=(
+        "Per group the genes of the model with the highest score: `score`, `p_value`, `q_value` (Benjamini and Hochberg's, over the genes), "
+        "`log2_fold_change`, and the shares of cells with a count. Groups of less than three cells are in `too_small`."
+    ),
+    options=MarkersOptions,
+    answer=rank_markers,
+    required=("depends_on", "groups", "too_small"),
+)
 QUESTIONS = (CHECK, MARKERS)
 
 

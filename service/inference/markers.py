@@ -68,12 +68,11 @@ def rank_genes(counts: sp.csr_matrix, group: NDArray[np.int32], n_groups: int, t
         in_group = (member @ present).toarray()
         # 1e-9 keeps a gene that the rest lacks finite; scanpy adds the same.
         change = np.log2((np.expm1(mean_in) + 1e-9) / (np.expm1(mean_out) + 1e-9))
-        share_rest = (in_group.sum(axis=0) - in_group) / n_out
-        columns = [score, p_value, np.array([false_discovery_rate(row) for row in p_value]).reshape(n_groups, n_genes)]
-        columns += [change, in_group / n_in, share_rest]
-    for column in columns:
+        q_value = np.array([false_discovery_rate(row) for row in p_value]).reshape(n_groups, n_genes)
+        share_in, share_rest = in_group / n_in, (in_group.sum(axis=0) - in_group) / n_out
+    for column in (score, p_value, q_value, change, share_in, share_rest):
         column[~is_tested] = np.nan
-    return Ranking(*columns, is_tested)
+    return Ranking(score, p_value, q_value, change, share_in, share_rest, is_tested)
 
 
 def log_normalised(counts: sp.csr_matrix) -> sp.csr_matrix:

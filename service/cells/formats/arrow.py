@@ -239,8 +239,9 @@ FORMAT = Format(
     read=read,
     writer=ArrowWriter,
     description="An Arrow IPC stream. One row per cell: `gene` (list of indices into the JSON list `genes` of the schema's metadata), "
-    "`count` (list of the same length), optionally `cell_id` (string), `cluster` (string, which only `check` and `markers` look at) and `batch` (ignored by models whose encoder needs no batch, which "
-    "are all of schema_version 1). Record batches may be compressed (lz4, zstd). The answer streams back batch by batch.",
+    "`count` (list of the same length), optionally `cell_id` (string), `cluster` (string, which only `check` and `markers` look at) and "
+    "`batch` (ignored by models whose encoder needs no batch, which are all of schema_version 1). Record batches may be compressed (lz4, "
+    "zstd). The answer streams back batch by batch.",
     schema={"type": "string", "format": "binary"},
     read_genes=read_genes,
 )
