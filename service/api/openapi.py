@@ -3,10 +3,11 @@
 from http import HTTPStatus
 from typing import Any
 
-from service.api import oip_openapi, problems, whole_query
+from service.api import oip_openapi, problems
 from service.api.tasks import MODEL_OPTION
 from service.cells.formats import FORMATS
 from service.inference import TASKS
+from service.inference.questions import QUESTIONS, Question
 from service.inference.task import Options, Task
 
 VERSION = "1"
@@ -20,7 +21,7 @@ _OF_TASKS = tuple(sorted(set(problems.STATUS.values()) - {401, 405}))
 def document() -> dict[str, Any]:
     """OpenAPI 3.1 of all routes."""
     paths: dict[str, Any] = {f"/v1/{task.name}": {"post": _operation(task)} for task in TASKS.values()}
-    paths |= {f"/v1/{question.name}": {"post": _question(question)} for question in whole_query.QUESTIONS}
+    paths |= {f"/v1/{question.name}": {"post": _question(question)} for question in QUESTIONS.values()}
     paths["/v1/genes/check"] = {"post": _genes_check()}
     name = _path_parameter("name", "Name of a model.")
     version = _path_parameter("version", "Version or alias.")
@@ -125,10 +126,17 @@ def _parameters(kind: type[Options]) -> list[dict[str, Any]]:
     ]
 
 
-def _question(question: whole_query.Question) -> dict[str, Any]:
+def _question(question: Question) -> dict[str, Any]:
     """A question about all cells of a request together."""
     content = {form.media_type: {"schema": form.schema} for form in FORMATS.values()}
-    return _asked(question.name, question.summary, question.description, content, question.options, question.required)
+    return _asked(
+        question.name,
+        question.summary,
+        question.description,
+        content,
+        question.options,
+        ("depends_on", *question.required),
+    )
 
 
 def _genes_check() -> dict[str, Any]:

@@ -16,6 +16,7 @@ from service.api.state import State
 from service.api.tasks import endpoint
 from service.errors import CellserveError
 from service.inference import TASKS
+from service.inference.questions import QUESTIONS
 
 
 def build_api(state: State) -> Starlette:
@@ -23,7 +24,7 @@ def build_api(state: State) -> Starlette:
     metrics.initialise(tuple(TASKS), problems.CODES)
     routes = [
         *(route(f"/v1/{task.name}", endpoint(task), "POST") for task in TASKS.values()),
-        *(route(f"/v1/{one.name}", whole_query.endpoint(one), "POST") for one in whole_query.QUESTIONS),
+        *(route(f"/v1/{one.name}", whole_query.endpoint(one), "POST") for one in QUESTIONS.values()),
         route("/v1/genes/check", genes_check.check, "POST"),
         route("/v1/models", catalogue.list_models, "GET"),
         route("/v1/models/{name}", catalogue.show_model, "GET"),

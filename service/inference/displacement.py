@@ -45,6 +45,14 @@ def effect(columns: Columns, neighbour_distance: float) -> dict[str, Any]:
     }
 
 
+def measure(model: Model, missing: NDArray[np.int64]) -> dict[str, Any] | None:
+    """`effect` of the golden cells without those genes; None where the artifact has no unit for it."""
+    measured = model.manifest.missing_genes
+    if measured is None or not model.golden_counts.shape[0]:
+        return None
+    return effect(run(model, pairs(model.golden_counts, missing), Options()), measured.neighbour_distance)
+
+
 TASK = Task(
     name="displacement",
     summary="Latent and most probable class of cells of the reference without some genes",

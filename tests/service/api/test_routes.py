@@ -15,6 +15,7 @@ from service.api import openapi, problems
 from service.api.routes import build_api
 from service.errors import CellserveError
 from service.inference import TASKS
+from service.inference.questions import QUESTIONS
 from tests.builders import gene_table, write_artifact
 from tests.conftest import serving
 from tests.end_to_end.server import running_server
@@ -111,8 +112,8 @@ async def test_document_and_routes_agree(client: httpx.AsyncClient) -> None:
 def document_of_json() -> dict[str, Any]:
     """The document without Arrow bodies, which no generator knows how to make (tests/service/cells/formats has those)."""
     document = openapi.document()
-    for task in TASKS:
-        content = document["paths"][f"/v1/{task}"]["post"]["requestBody"]["content"]
+    for path in (*TASKS, *QUESTIONS, "genes/check"):
+        content = document["paths"][f"/v1/{path}"]["post"]["requestBody"]["content"]
         del content["application/vnd.apache.arrow.stream"]
     return document
 
