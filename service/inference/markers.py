@@ -81,7 +81,8 @@ def log_normalised(counts: sp.csr_matrix) -> sp.csr_matrix:
     values.sum_duplicates()
     values.eliminate_zeros()
     library = np.asarray(values.sum(axis=1)).ravel()
-    values.data *= np.repeat(TARGET_SUM / np.where(library > 0, library, 1.0), np.diff(values.indptr))
+    # One rounding of the exact quotient: shares that are equal, as 1 of 1,203 and 3 of 3,609, stay tied.
+    values.data = values.data * TARGET_SUM / np.repeat(library, np.diff(values.indptr))
     np.log1p(values.data, out=values.data)
     return values
 

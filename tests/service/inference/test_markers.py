@@ -97,6 +97,13 @@ def test_order_of_cells_and_layout_leave_no_trace(test: str) -> None:
         np.testing.assert_allclose(other.score, first.score, rtol=1e-9, atol=1e-9)
 
 
+def test_equal_shares_are_tied() -> None:
+    """Whatever the libraries are: n counts of n · 1,203 are the same for every n."""
+    numbers = np.arange(1, 200)
+    matrix = sp.csr_matrix(np.column_stack([numbers, numbers * 1_202]))
+    assert len(np.unique(log_normalised(matrix).toarray()[:, 0])) == 1
+
+
 @pytest.mark.parametrize("test", METHODS)
 def test_small_groups_are_not_tested(test: str) -> None:
     """A group of two cells, an empty one, and one without others have no figures."""
