@@ -109,6 +109,11 @@ CONFIDENCE = CellHistogram(
     SHARES,
 )
 LABELS = Counter("cellserve_labels_total", "Cells that were given a label.", ("model", "version", "column", "label"))
+VERDICTS = Counter(
+    "cellserve_query_verdicts_total",
+    "Whole queries that were judged, by verdict: green, amber or red.",
+    ("model", "version", "verdict"),
+)
 CANCELLED = Counter("cellserve_cancelled_total", "Requests that left before their answer was complete.")
 BODY_BYTES_IN_FLIGHT = Gauge("cellserve_body_bytes_in_flight", "Bytes of bodies held.")
 MODEL_INFO = Gauge(

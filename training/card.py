@@ -6,6 +6,7 @@ import numpy as np
 import torch
 
 from service.contract.manifest import Manifest
+from training import missing_genes
 from training.data.splits import PARTS
 from training.run import Run
 
@@ -61,6 +62,8 @@ def write(manifest: Manifest, run: Run) -> str:
             f"## Imputed: {modality.name}\n\n{modality.unit}. {modality.quality_metric}.\n\n"
             + _table(("feature", "figure"), rows)
         )
+    if manifest.missing_genes is not None:
+        sections.append(missing_genes.section(manifest.missing_genes))
     if manifest.metrics:
         rows = [(name, f"{value:.4f}") for name, value in manifest.metrics.items()]
         sections.append(

@@ -78,6 +78,23 @@ def measure(run: Run, graphs: Graphs, weight: NDArray[np.float32]) -> MissingGen
     )
 
 
+def section(table: MissingGenes) -> str:
+    """What the model card says of it."""
+    header = "| weight of missing genes | median displacement | nine in ten below | labels that change |\n| --- | --- | --- | --- |\n"
+    changes = table.label_changes or (None,) * len(table.weight)
+    rows = zip(table.weight, table.displacement_median, table.displacement_90, changes, strict=True)
+    lines = [
+        f"| {weight:.0%} | {median:.2f} | {ninth:.2f} | {'' if changed is None else f'{changed:.1%}'} |"
+        for weight, median, ninth, changed in rows
+    ]
+    return (
+        f"## Missing genes\n\nMeasured on {table.n_cells} held-out cells, by taking {table.n_sets} sets of genes away from them. The weight is the share of the "
+        "encoder's first layer that the genes hold; displacements are in distances between neighbours "
+        f"({table.neighbour_distance:.3g}, the median distance between a cell and its {N_NEIGHBOURS} nearest).\n\n{header}"
+        + "\n".join(lines)
+    )
+
+
 def held_out_counts(run: Run) -> NDArray[np.float32]:
     """Raw counts of held-out cells that are not empty, over the model's genes, shape (at most 256, n_genes)."""
     positions = run.split.positions(run.reference, TEST, VALIDATION)

@@ -1,5 +1,7 @@
 """Answers about a whole request: one JSON object, and the columns of all cells behind it."""
 
+import math
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -26,16 +28,18 @@ def json_answer(model: Model, content: dict[str, Any]) -> Response:
     return Response(body, headers={"X-Cellserve-Model": model.id}, media_type="application/json")
 
 
-async def run_whole(app: State, work: Work, counts: sp.csr_matrix, reduce: Callable[[Columns], Columns]) -> Columns:
+async def run_whole(
+    app: State, work: Work, counts: sp.csr_matrix, reduce: Callable[[Columns], Columns], deadline: float = math.inf
+) -> Columns:
     """What `reduce` makes of the answer of each chunk of cells, for all cells; the rest is dropped chunk by chunk.
 
     Raises:
         as `Batcher.run` does.
         RequestTimeout: a chunk took too long.
     """
-    chunks, parts, n_left = app.batcher.run(work, counts), [], int(counts.shape[0])
+    chunks, parts, n_left = app.batcher.run(work, counts, None, deadline), [], int(counts.shape[0])
     while n_left:
-        columns = await next_chunk(chunks, app.timeout_seconds)
+        columns = await next_chunk(chunks, min(app.timeout_seconds, max(0.0, deadline - time.monotonic())))
         n_left -= n_cells(columns)
         parts.append(reduce(columns))
     return concatenate(parts)

@@ -2,11 +2,13 @@
 
 import asyncio
 from collections.abc import Callable
-from typing import ParamSpec, TypeVar
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, ParamSpec, TypeVar
 
 from starlette.requests import Request
 from starlette.responses import Response
 
+from service import metrics
 from service.api import request_id
 from service.api.access import Endpoint
 from service.api.answers import json_answer, run_whole
@@ -14,12 +16,13 @@ from service.api.disconnect import cancelled_on_disconnect
 from service.api.drift import observe_query
 from service.api.negotiation import body_format
 from service.api.state import State, state
-from service.api.tasks import MODEL_OPTION, query_options
+from service.api.tasks import MODEL_OPTION, query_options, read_deadline
 from service.cells.counts import Cells
 from service.cells.formats.format import Format
 from service.errors import NotRawCounts, ShuttingDown, SpeciesMismatch, TooFewGenes, TooManyCells
 from service.inference import TASKS
 from service.inference.batcher import Work
+from service.inference.model import Model
 from service.inference.query import prepare
 from service.inference.questions import DEPENDS_ON, Question, kept
 from service.inference.task import read_options
@@ -35,25 +38,29 @@ def endpoint(question: Question) -> Endpoint:
         app = state(request)
         if app.is_draining:
             raise ShuttingDown
+        deadline = read_deadline(request)
         form = body_format(request.headers.get("content-type"))
         model = await app.models.obtain(request.query_params.get(MODEL_OPTION), request_id.current.get())
         options = read_options(question.name, question.options, query_options(request))
         async with app.intake.body(request) as body, cancelled_on_disconnect(request):
-            cells = await _in_parser(app, _read, app, form, body)
+            cells = await _in_thread(app.parsers, _read, app, form, body)
             needs_labels = question.needs_labels(model, cells, options)
             try:
-                query = await _in_parser(app, prepare, model, cells)
+                query = await _in_thread(app.parsers, prepare, model, cells)
             except (TooFewGenes, SpeciesMismatch, NotRawCounts) as error:
                 if question.refused is None:
                     raise
-                return json_answer(model, {"depends_on": DEPENDS_ON, **question.refused(cells, error)})
+                refused = question.refused(cells, error)
+                _count(model, question, len(cells), refused)
+                return json_answer(model, {"depends_on": DEPENDS_ON, **refused})
             observe_query(model, query)
             columns = None
             if needs_labels:
                 task = TASKS["annotate"]
                 work = Work(model=model, task=task, options=task.read_options({}, model))
-                columns = await run_whole(app, work, query.counts, kept)
-            found = await _in_parser(app, question.answer, model, cells, query, columns, options)
+                columns = await run_whole(app, work, query.counts, kept, deadline)
+            found = await _in_thread(app.questions, question.answer, model, cells, query, columns, options)
+            _count(model, question, len(cells), found)
             return json_answer(model, {"depends_on": DEPENDS_ON, **found})
 
     return answer
@@ -66,6 +73,13 @@ def _read(app: State, form: Format, body: bytes) -> Cells:
     return cells
 
 
-async def _in_parser(app: State, function: Callable[P, T], *arguments: P.args, **named: P.kwargs) -> T:
-    """Run a function in a parser thread."""
-    return await asyncio.get_running_loop().run_in_executor(app.parsers, lambda: function(*arguments, **named))
+def _count(model: Model, question: Question, n_cells: int, answer: dict[str, Any]) -> None:
+    names = model.manifest.name, model.manifest.version
+    metrics.CELLS.labels(*names, question.name).inc(n_cells)
+    if "verdict" in answer:
+        metrics.VERDICTS.labels(*names, answer["verdict"]).inc()
+
+
+async def _in_thread(threads: ThreadPoolExecutor, function: Callable[P, T], *arguments: P.args, **named: P.kwargs) -> T:
+    """Run a function in one of the threads."""
+    return await asyncio.get_running_loop().run_in_executor(threads, lambda: function(*arguments, **named))

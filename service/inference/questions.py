@@ -11,7 +11,7 @@ from pydantic import Field
 
 from service.cells.columns import Columns, Labels
 from service.cells.counts import Cells
-from service.errors import InvalidOption, NotRawCounts, SpeciesMismatch, TaskNotOffered, TooFewGenes
+from service.errors import InvalidCells, InvalidOption, NotRawCounts, SpeciesMismatch, TaskNotOffered, TooFewGenes
 from service.inference import annotate, health, markers
 from service.inference.majority import majority_labels
 from service.inference.markers import Ranking
@@ -20,8 +20,11 @@ from service.inference.query import Query
 from service.inference.task import Options
 
 DEPENDS_ON = "all cells of the request"
-MAX_GROUPS = 500
-"""Groups that are compared: each has a row of every gene in memory."""
+MAX_TABLE = 2_000_000
+"""Groups times genes that are compared: a dozen tables of that size are held, 16 MB each."""
+
+MAX_VALUES = 20_000_000
+"""Counts that are compared: 20,000 cells with 1,000 genes each."""
 
 Refusal = TooFewGenes | SpeciesMismatch | NotRawCounts
 
@@ -161,9 +164,16 @@ def _markers(model: Model, cells: Cells, query: Query, columns: Columns | None, 
     else:
         found, group = np.unique(np.asarray(cells.clusters, dtype=object).astype(str), return_inverse=True)
         names = [str(name) for name in found]
-    if len(names) > MAX_GROUPS:
+    n_groups = MAX_TABLE // query.counts.shape[1]
+    if len(names) > n_groups:
         raise InvalidOption(
-            name="group_by", problem=f"there are {len(names):,} groups; at most {MAX_GROUPS} are compared."
+            name="group_by",
+            problem=f"there are {len(names):,} groups; with {query.counts.shape[1]:,} genes at most {n_groups:,} are compared.",
+        )
+    if query.counts.nnz > MAX_VALUES:
+        raise InvalidCells(
+            problem=f"The cells hold {query.counts.nnz:,} counts; at most {MAX_VALUES:,} are compared at a time. Send a part of the "
+            "cells, drawn at random: the Python client does, with max_cells."
         )
     codes = group.astype(np.int32).ravel()
     ranking = markers.rank_genes(query.counts, codes, len(names), options.test)

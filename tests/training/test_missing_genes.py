@@ -33,6 +33,14 @@ def test_the_table_travels(served: serving.Model) -> None:
     assert table.label_changes[0] == 0
 
 
+def test_the_card_has_the_table(served: serving.Model) -> None:
+    """One line per weight."""
+    table = served.manifest.missing_genes
+    assert table is not None
+    assert "## Missing genes" in served.card
+    assert f"| 50% | {table.displacement_median[9]:.2f} | {table.displacement_90[9]:.2f} |" in served.card
+
+
 def test_cells_move_as_the_table_says(family_run: FamilyRun, served: serving.Model) -> None:
     """Of random sets of genes that the table was not made of, most cells move less than its ninth decile says, and some do move."""
     made, table = family_run[0], served.manifest.missing_genes

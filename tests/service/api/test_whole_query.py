@@ -329,6 +329,44 @@ async def test_markers_of_labels(client: httpx.AsyncClient) -> None:
     assert sum(group["n_cells"] for group in found["groups"].values()) + sum(found["too_small"].values()) == 60
 
 
+async def test_too_much_to_compare(client: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Groups and counts are bounded, and what is too much is refused with the number that is not."""
+    from service.inference import questions
+
+    body = json.loads(json_body(counts(20), TABLE.gene_symbol)) | {"clusters": [str(number) for number in range(20)]}
+    monkeypatch.setattr(questions, "MAX_TABLE", 19 * 40)
+    answer = await client.post("/v1/markers?group_by=clusters", content=orjson.dumps(body), headers=JSON)
+    assert (answer.json()["code"], "at most 19" in answer.json()["detail"]) == ("invalid_option", True)
+    monkeypatch.setattr(questions, "MAX_TABLE", 20 * 40)
+    monkeypatch.setattr(questions, "MAX_VALUES", 100)
+    answer = await client.post("/v1/markers?group_by=clusters", content=orjson.dumps(body), headers=JSON)
+    assert (answer.json()["code"], "at most 100 are compared" in answer.json()["detail"]) == ("invalid_cells", True)
+
+
+async def test_deadlines_hold(client: httpx.AsyncClient) -> None:
+    """What cannot be done in the time that the client gives is not begun."""
+    body = json_body(counts(20), TABLE.gene_symbol)
+    answer = await client.post("/v1/check", content=body, headers={**JSON, "X-Request-Timeout": "0"})
+    assert answer.json()["code"] in ("deadline_too_short", "deadline_passed", "timeout")
+
+
+async def test_verdicts_are_counted(client: httpx.AsyncClient) -> None:
+    """By model and colour, also of queries that tasks would refuse; and the cells of questions."""
+
+    async def counted(name: str) -> float:
+        lines = (await client.get("/metrics")).text.splitlines()
+        return sum(float(line.rpartition(" ")[2]) for line in lines if line.startswith(name) and "tiny" in line)
+
+    before, cells = (
+        await counted("cellserve_query_verdicts_total"),
+        await counted('cellserve_cells_total{model="tiny",task="check"'),
+    )
+    await post(client, "/v1/check", json_body(counts(20), TABLE.gene_symbol))
+    await post(client, "/v1/check", {"genes": ["G1"], "cells": [[1]]})
+    assert await counted("cellserve_query_verdicts_total") == before + 2
+    assert await counted('cellserve_cells_total{model="tiny",task="check"') == cells + 21
+
+
 async def test_clusters_that_were_not_sent(client: httpx.AsyncClient) -> None:
     """They cannot be compared."""
     body = json_body(counts(5), TABLE.gene_symbol)

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
+from service.inference import markers
 from service.inference.markers import Ranking, false_discovery_rate, log_normalised, rank_genes
 from tests.builders import counts
 
@@ -104,6 +105,15 @@ def test_equal_shares_are_tied() -> None:
     numbers = np.arange(1, 200)
     matrix = sp.csr_matrix(np.column_stack([numbers, numbers * 1_202]))
     assert len(np.unique(log_normalised(matrix).toarray()[:, 0])) == 1
+
+
+@pytest.mark.parametrize("block", [1, 50, 300])
+def test_genes_are_ranked_in_blocks(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many genes are taken at a time, the figures are the same bits."""
+    matrix, group = grouped(60)
+    whole = rank_genes(matrix, group, 3, "wilcoxon")
+    monkeypatch.setattr(markers, "BLOCK_VALUES", block)
+    np.testing.assert_array_equal(rank_genes(matrix, group, 3, "wilcoxon").score, whole.score)
 
 
 @pytest.mark.parametrize("test", METHODS)
