@@ -88,8 +88,8 @@ def section(table: MissingGenes) -> str:
         for weight, median, ninth, changed in rows
     ]
     return (
-        f"## Missing genes\n\nMeasured on {table.n_cells} held-out cells, by taking {table.n_sets} sets of genes away from them. The weight is the share of the "
-        "encoder's first layer that the genes hold; displacements are in distances between neighbours "
+        f"## Missing genes\n\nMeasured on {table.n_cells} held-out cells, by taking {table.n_sets} sets of genes away from them. The weight "
+        "is the share of the encoder's first layer that the genes hold; displacements are in distances between neighbours "
         f"({table.neighbour_distance:.3g}, the median distance between a cell and its {N_NEIGHBOURS} nearest).\n\n{header}"
         + "\n".join(lines)
     )
