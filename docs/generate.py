@@ -20,6 +20,7 @@ from service.api import openapi, problems
 from service.cells.formats import FORMATS
 from service.contract.manifest import Manifest
 from service.inference import TASKS
+from service.inference.questions import QUESTIONS
 from service.settings import PREFIX, Settings
 
 ROOT = Path(__file__).parent.parent
@@ -71,6 +72,15 @@ def tasks() -> str:
         )
         parts.append(_table(("option", "meaning"), [("`model`", "`name`, `name@version` or `name@alias`"), *options]))
     return "\n".join(parts)
+
+
+def questions() -> str:
+    """Route, answer and options."""
+    rows = [("`POST /v1/genes/check`", "What would happen to these genes, without sending a cell", "`model`")]
+    for question in QUESTIONS.values():
+        options = [f"`{name}`: {field.description}" for name, field in question.options.model_fields.items()]
+        rows.append((f"`POST /v1/{question.name}`", question.summary, "; ".join(["`model`", *options])))
+    return _table(("route", "answer", "options"), rows)
 
 
 def formats() -> str:
@@ -341,6 +351,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "errors": errors,
     "tasks": tasks,
     "formats": formats,
+    "questions": questions,
 }
 FILES: dict[str, Callable[[], str]] = {"docs/openapi.json": openapi_json, "docs/manifest.schema.json": manifest_json}
 

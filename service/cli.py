@@ -1,18 +1,22 @@
 """`cellserve`: the tasks of the service from the command line, and a look at the models."""
 
 from pathlib import Path
-from typing import Annotated, NoReturn
+from types import ModuleType
+from typing import Annotated, Any, NoReturn
 
+import orjson
 import typer
 from rich.console import Console
 from rich.table import Table
 
+from service.cells.gene_check import check_genes
 from service.contract import artifact
 from service.contract.store import ModelId, Store
 from service.contract.traffic import Split, Traffic
 from service.errors import CellserveError
-from service.inference import TASKS
-from service.inference.model import load
+from service.inference import TASKS, displacement
+from service.inference.model import Model, load
+from service.inference.questions import QUESTIONS, Question
 from service.inference.session import choose_runtime
 from service.inference.task import Task
 from service.settings import Settings, SettingsError, read_settings
@@ -126,6 +130,29 @@ def traffic(
     console.print(f"{name}: {split}{f', with {name}@{shadow} as shadow' if shadow is not None else ''}")
 
 
+def _offline() -> ModuleType:
+    """The module that reads AnnData, which the server does without."""
+    try:
+        from service import offline
+    except ModuleNotFoundError as error:
+        _fail(f"{error}. Tasks on .h5ad files need the client's packages: requirements/client.txt.")
+    return offline
+
+
+def _loaded(model: str | None, store: Path | None) -> Model:
+    where, settings = _store(store)
+    runtime = choose_runtime(settings.provider, settings.threads, settings.allow_provider_fallback)
+    return load(artifact.read(where.path(where.resolve(model))), runtime)
+
+
+def _pairs(option: list[str] | None) -> dict[str, str]:
+    """Options by name."""
+    pairs = [item.partition("=") for item in option or []]
+    if unlike := next((name for name, separator, _ in pairs if not separator), None):
+        _fail(f"'{unlike}' is not of the form name=value.")
+    return {name: value for name, _, value in pairs}
+
+
 def _add_command(task: Task) -> None:
     known = ", ".join(f"{name} ({field.description})" for name, field in task.options.model_fields.items()) or "none"
 
@@ -143,25 +170,67 @@ def _add_command(task: Task) -> None:
         option: Annotated[list[str] | None, typer.Option(help=f"name=value; options: {known}.")] = None,
         store: StoreOption = None,
     ) -> None:
-        try:
-            from service import offline
-        except ModuleNotFoundError as error:
-            _fail(f"{error}. Tasks on .h5ad files need the client's packages: requirements/client.txt.")
-        where, settings = _store(store)
-        runtime = choose_runtime(settings.provider, settings.threads, settings.allow_provider_fallback)
-        loaded = load(artifact.read(where.path(where.resolve(model))), runtime)
-        pairs = [item.partition("=") for item in option or []]
-        if unlike := next((name for name, separator, _ in pairs if not separator), None):
-            _fail(f"'{unlike}' is not of the form name=value.")
-        answer = offline.run_task(
-            task, loaded, offline.read_h5ad(source), {name: value for name, _, value in pairs}, layer, gene_key
-        )
+        offline = _offline()
+        loaded = _loaded(model, store)
+        answer = offline.run_task(task, loaded, offline.read_h5ad(source), _pairs(option), layer, gene_key)
         answer.write_h5ad(target)
         console.print(f"{answer.n_obs:,} cells answered by {loaded.id}, written to {target}")
 
 
 for _task in TASKS.values():
     _add_command(_task)
+
+
+def _add_question(question: Question) -> None:
+    known = ", ".join(f"{name} ({field.description})" for name, field in question.options.model_fields.items())
+
+    @app.command(question.name, help=f"{question.summary}, from an .h5ad file; the answer is JSON.")
+    def command(
+        source: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="An .h5ad file with raw counts.")],
+        model: Annotated[str | None, typer.Option(help="name, name@version or name@alias.")] = None,
+        layer: Annotated[
+            str | None, typer.Option(help="Layer with raw counts; layers['counts'], raw.X or X by default.")
+        ] = None,
+        gene_key: Annotated[
+            str | None, typer.Option(help="Column of var with gene names; var_names by default.")
+        ] = None,
+        cluster_key: Annotated[str | None, typer.Option(help="Column of obs with clusters.")] = None,
+        option: Annotated[list[str] | None, typer.Option(help=f"name=value; options: {known}.")] = None,
+        store: StoreOption = None,
+    ) -> None:
+        offline = _offline()
+        answer = offline.ask(
+            question, _loaded(model, store), offline.read_h5ad(source), _pairs(option), layer, gene_key, cluster_key
+        )
+        _print_json(answer)
+
+
+for _question in QUESTIONS.values():
+    _add_question(_question)
+
+
+@app.command("genes-check")
+def genes_check(
+    source: Annotated[
+        Path, typer.Argument(exists=True, dir_okay=False, help="A file with one name per line, or an .h5ad file.")
+    ],
+    model: Annotated[str | None, typer.Option(help="name, name@version or name@alias.")] = None,
+    gene_key: Annotated[str | None, typer.Option(help="Column of var with gene names; var_names by default.")] = None,
+    store: StoreOption = None,
+) -> None:
+    """What would happen to these genes: matched, missing, renamed, ambiguous, of which species; the answer is JSON."""
+    if source.suffix == ".h5ad":
+        _, genes, _ = _offline().find_counts(_offline().read_h5ad(source), None, gene_key)
+    else:
+        genes = [line.strip() for line in source.read_text().splitlines() if line.strip()]
+    loaded = _loaded(model, store)
+    found, missing = check_genes(loaded.genes, tuple(genes))
+    _print_json({**found, "missing_effect_on_golden_cells": displacement.measure(loaded, missing)})
+
+
+def _print_json(answer: dict[str, Any]) -> None:
+    typer.echo(orjson.dumps(answer, option=orjson.OPT_INDENT_2 | orjson.OPT_SERIALIZE_NUMPY).decode())
+
 
 if __name__ == "__main__":
     main()

@@ -15,6 +15,7 @@ import os
 import socket
 import tempfile
 import threading
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from types import TracebackType
@@ -27,6 +28,7 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 import scipy.sparse as sp
+from scipy.cluster.vq import kmeans2
 
 ARROW = "application/vnd.apache.arrow.stream"
 HDF5 = "application/x-hdf5"
@@ -112,11 +114,133 @@ class Client:
         """A copy with `predicted_labels` and `conf_score` in obs. Arguments and errors as of `run`."""
         return self.run("annotate", adata, layer=layer, gene_key=gene_key, on_progress=on_progress)
 
+    def vote(self, adata: ad.AnnData, *, cluster_key: str | None = None, min_share: float = 0.0) -> ad.AnnData:
+        """A copy of annotated cells with `majority_labels` in obs: the label that most cells of a cell's cluster have.
+
+        Args:
+            adata: what `annotate` gave; without `cluster_key` what `embed` gave of it, too.
+            cluster_key: column of obs with clusters; by default they are made of the latent by `over_cluster`, into obs["over_clustering"].
+            min_share: a cluster whose most frequent label has a smaller share is `Heterogeneous`.
+
+        Raises:
+            KeyError: a column, or the latent, is not there.
+        """
+        answer = adata.copy()
+        if cluster_key is None:
+            key = next((key for key in adata.obsm if key.startswith("X_") and self._is_of_model(adata, key)), None)
+            if key is None:
+                raise KeyError(
+                    "There is no latent in obsm. Call embed first, or name a column of obs with cluster_key."
+                )
+            answer.obs["over_clustering"] = over_cluster(adata.obsm[key])
+        clusters = column_of(answer, cluster_key or "over_clustering")
+        labels, shares = majority_labels(column_of(answer, "predicted_labels"), clusters, min_share)
+        answer.obs["majority_labels"] = pd.Categorical(labels)
+        about = {
+            "depends_on": "all cells of the data set",
+            "clusters": cluster_key or "over_clustering",
+            "min_share": min_share,
+        }
+        answer.uns["cellserve"] = {**answer.uns.get("cellserve", {}), "vote": json.dumps({**about, "shares": shares})}
+        return answer
+
+    @staticmethod
+    def _is_of_model(adata: ad.AnnData, key: str) -> bool:
+        """Whether an entry of obsm is the latent that `embed` wrote."""
+        about = adata.uns.get("cellserve", {}).get("embed")
+        return about is not None and key == f"X_{json.loads(about)['model']['name']}"
+
     def reconstruct(
         self, adata: ad.AnnData, *, layer: str | None = None, gene_key: str | None = None, **options: Any
     ) -> ad.AnnData:
         """A copy with the expected counts in obsm["expression"], a data frame over genes. Arguments and errors as of `run`."""
         return self.run("reconstruct", adata, layer=layer, gene_key=gene_key, **options)
+
+    def check_genes(self, genes: Iterable[str]) -> dict[str, Any]:
+        """What would happen to these genes: the answer of POST /v1/genes/check. No cell is sent, and nothing is refused for its genes.
+
+        Raises:
+            CellserveProblem: the server refused.
+        """
+        content = json.dumps([str(gene) for gene in genes]).encode()
+        return self._ask("genes/check", content, "application/json", {})
+
+    def check(
+        self,
+        adata: ad.AnnData,
+        *,
+        layer: str | None = None,
+        gene_key: str | None = None,
+        cluster_key: str | None = None,
+        max_cells: int = 20_000,
+        **options: Any,
+    ) -> dict[str, Any]:
+        """How these cells map all together: `verdict` green, amber or red, `reasons`, and the figures; POST /v1/check.
+
+        Args:
+            adata: cells by genes.
+            layer: as of `run`.
+            gene_key: as of `run`.
+            cluster_key: column of obs with clusters; the answer then has their `majority_labels`.
+            max_cells: of a larger data set so many are sent, drawn with a fixed seed; `n_cells_drawn_from` then says of how many.
+            options: as the API documents them.
+
+        Raises:
+            CellserveProblem, KeyError: as of `run`.
+        """
+        return self._ask_about("check", adata, layer, gene_key, cluster_key, max_cells, options)
+
+    def markers(
+        self,
+        adata: ad.AnnData,
+        *,
+        layer: str | None = None,
+        gene_key: str | None = None,
+        cluster_key: str | None = None,
+        max_cells: int = 20_000,
+        **options: Any,
+    ) -> pd.DataFrame:
+        """The genes that separate each predicted label, or each cluster of `cluster_key`, from all other cells; POST /v1/markers.
+
+        Returns:
+            One row per group and gene: group, gene_id, gene_symbol, score, p_value, q_value, log2_fold_change, share_in, share_rest. Other
+            arguments and errors as of `check`.
+        """
+        wanted = {"group_by": "labels" if cluster_key is None else "clusters", **options}
+        answer = self._ask_about("markers", adata, layer, gene_key, cluster_key, max_cells, wanted)
+        rows = [{"group": name, **gene} for name, group in answer["groups"].items() for gene in group["genes"]]
+        return pd.DataFrame(rows)
+
+    def _ask_about(
+        self,
+        question: str,
+        adata: ad.AnnData,
+        layer: str | None,
+        gene_key: str | None,
+        cluster_key: str | None,
+        max_cells: int,
+        options: dict[str, Any],
+    ) -> dict[str, Any]:
+        """The answer to a question about all cells together."""
+        counts, genes, source = find_counts(adata, layer, gene_key)
+        clusters = None if cluster_key is None else column_of(adata, cluster_key)
+        drawn: dict[str, Any] = {}
+        if adata.n_obs > max_cells:
+            chosen = np.sort(np.random.default_rng(0).choice(adata.n_obs, max_cells, replace=False))
+            counts, drawn = counts[chosen], {"n_cells_drawn_from": adata.n_obs}
+            clusters = [clusters[at] for at in chosen] if clusters is not None else None
+        if not counts.shape[0]:
+            raise ValueError("there is no cell")
+        body = next(bodies(counts, genes, counts.shape[0], clusters=clusters))
+        return {**self._ask(question, body, ARROW, options), "counts_source": source, **drawn}
+
+    def _ask(self, path: str, content: bytes, content_type: str, options: dict[str, Any]) -> dict[str, Any]:
+        parameters = {**options, **({"model": self.model} if self.model else {})}
+        response = self._http.post(
+            f"/v1/{path}", params=parameters, content=content, headers={"Content-Type": content_type}
+        )
+        answer: dict[str, Any] = _checked(response).json()
+        return answer
 
     def run(
         self,
@@ -328,15 +452,73 @@ def _streamed_batches(response: http.client.HTTPResponse) -> Iterator[pa.RecordB
             yield batch
 
 
-def bodies(counts: sp.csr_matrix, genes: list[str], cells_per_request: int, is_wide: bool = False) -> Iterator[bytes]:
+def column_of(adata: ad.AnnData, key: str) -> list[str]:
+    """A column of obs as words.
+
+    Raises:
+        KeyError: there is none.
+    """
+    if key not in adata.obs:
+        raise KeyError(f"There is no column {key!r} in obs; there are: {', '.join(adata.obs.columns) or 'none'}.")
+    return [str(value) for value in adata.obs[key]]
+
+
+def over_cluster(latent: np.ndarray[Any, Any], n_clusters: int | None = None, seed: int = 0) -> list[str]:
+    """More clusters than there are types, for majority labels: seeded k-means on the latent, the same for the same cells.
+
+    Args:
+        latent: shape (n_cells, n_latent), for example obsm of what `Client.embed` gives.
+        n_clusters: by default one per 30 cells, and at most 300.
+        seed: of the centres to begin with.
+
+    Returns:
+        The name of each cell's cluster.
+    """
+    wanted = n_clusters or min(300, max(1, len(latent) // 30))
+    _, number = kmeans2(np.asarray(latent, dtype=np.float64), wanted, minit="++", seed=seed, missing="warn")
+    return [str(one) for one in number]
+
+
+def majority_labels(
+    labels: Iterable[str], clusters: Iterable[str], min_share: float = 0.0
+) -> tuple[list[str], dict[str, float]]:
+    """The label that most cells of each cell's cluster have, and the share of them that do by cluster; as CellTypist's majority voting.
+
+    It depends on the other cells, which `predicted_labels` never do.
+
+    Args:
+        labels: of each cell.
+        clusters: of each cell; finer than the types that are looked for.
+        min_share: below it all cells of a cluster are `Heterogeneous`. Of two labels that are as frequent the first by name wins.
+    """
+    of_cell = [str(name) for name in clusters]
+    votes: dict[str, Counter[str]] = defaultdict(Counter)
+    for label, name in zip(labels, of_cell, strict=True):
+        votes[name][label] += 1
+    best = {name: max(sorted(numbers), key=numbers.__getitem__) for name, numbers in votes.items()}
+    shares = {name: votes[name][label] / votes[name].total() for name, label in best.items()}
+    return [best[name] if shares[name] >= min_share else "Heterogeneous" for name in of_cell], shares
+
+
+def bodies(
+    counts: sp.csr_matrix,
+    genes: list[str],
+    cells_per_request: int,
+    is_wide: bool = False,
+    clusters: list[str] | None = None,
+) -> Iterator[bytes]:
     """Arrow streams of some cells each, with the narrowest integers that hold them; if wide, counts in float32, so that all have one schema."""
     metadata = {"genes": json.dumps(genes)}
     gene_type = pa.uint16() if len(genes) <= 2**16 else pa.int32()
     for start in range(0, counts.shape[0], cells_per_request):
         piece = counts[start : start + cells_per_request]
         offsets = pa.array(piece.indptr, pa.int32())
+        named = (
+            {} if clusters is None else {"cluster": pa.array(clusters[start : start + cells_per_request], pa.string())}
+        )
         batch = pa.record_batch(
             {
+                **named,
                 "gene": pa.ListArray.from_arrays(offsets, pa.array(piece.indices).cast(gene_type)),
                 "count": pa.ListArray.from_arrays(
                     offsets, pa.array(piece.data.astype(np.float32) if is_wide else _narrow(piece.data))

@@ -247,6 +247,22 @@ class TooFewGenes(CellserveError):
 
 
 @dataclass(eq=False)
+class SpeciesMismatch(CellserveError):
+    """The names of the genes speak for another species than the model's."""
+
+    code = "species_mismatch"
+    title = "The genes are of another species"
+    sentence = (
+        "{model} is a model of {species}, and the genes look like those of {guess}: {evidence}. Map them to one-to-one orthologs of "
+        "{species} first, and leave out genes that have none."
+    )
+    model: str
+    species: str
+    guess: str
+    evidence: str
+
+
+@dataclass(eq=False)
 class NotRawCounts(CellserveError):
     """A value is negative, not finite, fractional, or beyond what float32 holds exactly."""
 

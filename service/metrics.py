@@ -167,6 +167,11 @@ REFERENCE_LABELS = Gauge(
     "Share of the cells of the reference that have a label.",
     ("model", "version", "column", "label"),
 )
+VERDICTS = Counter(
+    "cellserve_query_verdicts_total",
+    "Whole queries that were judged, by verdict: green, amber or red.",
+    ("model", "version", "verdict"),
+)
 CANCELLED = Counter("cellserve_cancelled_total", "Requests that left before their answer was complete.")
 CACHE_CELLS = Counter("cellserve_cache_cells_total", "Cells that the answer cache knew or not.", ("outcome",))
 CACHE_EVICTIONS = Counter("cellserve_cache_evictions_total", "Cells that left the answer cache for want of room.")

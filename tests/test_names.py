@@ -10,6 +10,7 @@ import service
 import training
 from service.cells.formats import FORMATS
 from service.inference import TASKS
+from service.inference.questions import QUESTIONS
 from training.families import FAMILIES
 
 ROOT = Path(__file__).parent.parent
@@ -65,10 +66,12 @@ def test_the_probe_looks_at_this_repository() -> None:
 
 
 def test_tables_and_docs() -> None:
-    """Every task, format and family has its place in the documentation."""
+    """Every task, question, format and family has its place in the documentation."""
     api, train = ((ROOT / "docs" / name).read_text() for name in ("api.md", "train.md"))
     for task in TASKS:
         assert f"### POST /v1/{task}\n" in api
+    for question in QUESTIONS:
+        assert f"| `POST /v1/{question}` |" in api
     for media_type in FORMATS:
         assert f"`{media_type}`" in api
     for family in FAMILIES:

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from service.contract.manifest import Manifest
-from training import reference_card
+from training import missing_genes, reference_card
 from training.data.splits import PARTS
 from training.run import Run
 
@@ -63,6 +63,8 @@ def write(manifest: Manifest, run: Run) -> str:
             + _table(("feature", "figure"), rows)
         )
     sections += reference_card.write(manifest)
+    if manifest.missing_genes is not None:
+        sections.append(missing_genes.section(manifest.missing_genes))
     if manifest.metrics:
         rows = [(name, f"{value:.4f}") for name, value in manifest.metrics.items()]
         sections.append(

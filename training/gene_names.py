@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from service.contract.ambiguous_names import Ambiguous
 from service.contract.gene_table import GeneTable
 from training.data import registry
 from training.data.prepared import Prepared
@@ -73,6 +74,28 @@ def find_aliases(
     )
 
 
+def find_ambiguous(
+    gene_id: Sequence[str], gene_symbol: Sequence[str], hgnc: Sequence[HgncGene]
+) -> dict[str, Ambiguous]:
+    """Names that HGNC lists for genes of the table and that `find_aliases` leaves out, with the reason. Arguments as there."""
+    by_id = {gene.gene_id: gene for gene in hgnc if gene.gene_id}
+    by_symbol = {gene.symbol: gene for gene in hgnc}
+    taken = {*gene_id, *gene_symbol}
+    meant: dict[str, list[str]] = {}
+    is_symbol: set[str] = set()
+    accepted = find_aliases(gene_id, gene_symbol, hgnc)
+    for row, symbol, aliases in zip(gene_id, gene_symbol, accepted, strict=True):
+        gene = by_id.get(row) or by_symbol.get(symbol)
+        if gene is None:
+            continue
+        for name in dict.fromkeys((gene.symbol, *gene.other)):
+            if name not in taken and name not in aliases:
+                meant.setdefault(name, []).append(row)
+                if by_symbol.get(name, gene) is not gene:
+                    is_symbol.add(name)
+    return {name: Ambiguous(tuple(rows), name in is_symbol) for name, rows in meant.items()}
+
+
 def encoder_weight(family: Family, prepared: Prepared) -> np.ndarray:
     """Share of the encoder's first layer that each gene holds: norm of its weights times its deviation in training cells, summing to 1."""
     with torch.no_grad():
@@ -81,8 +104,8 @@ def encoder_weight(family: Family, prepared: Prepared) -> np.ndarray:
     return (weight / weight.sum()).astype(np.float32)
 
 
-def gene_table(family: Family, prepared: Prepared, species: str) -> GeneTable:
-    """The gene table of a fitted model; aliases are known for human genes only.
+def gene_table(family: Family, prepared: Prepared, species: str) -> tuple[GeneTable, dict[str, Ambiguous]]:
+    """The gene table of a fitted model, and names that it does not take; aliases are known for human genes only.
 
     Raises:
         as `registry.fetch` does, for HGNC's table.
@@ -90,10 +113,12 @@ def gene_table(family: Family, prepared: Prepared, species: str) -> GeneTable:
     symbols = prepared.var["gene_symbol"].astype(str).tolist()
     ids = prepared.var["gene_id"].astype(str).tolist() if has_ensembl_ids(prepared) else list(prepared.var.index)
     aliases: tuple[tuple[str, ...], ...] = ((),) * len(ids)
+    ambiguous: dict[str, Ambiguous] = {}
     if species == "homo_sapiens":
         files = registry.fetch_all(registry.find("hgnc"))
-        aliases = find_aliases(ids, symbols, read_hgnc(files["hgnc_complete_set.txt.gz"]))
-    return GeneTable(tuple(ids), tuple(symbols), aliases, encoder_weight(family, prepared))
+        hgnc = read_hgnc(files["hgnc_complete_set.txt.gz"])
+        aliases, ambiguous = find_aliases(ids, symbols, hgnc), find_ambiguous(ids, symbols, hgnc)
+    return GeneTable(tuple(ids), tuple(symbols), aliases, encoder_weight(family, prepared)), ambiguous
 
 
 def has_ensembl_ids(prepared: Prepared) -> bool:

@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from service.contract import artifact
+from service.contract import ambiguous_names, artifact
 from service.contract.manifest import (
     BatchPolicy,
     DataSource,
@@ -18,7 +18,7 @@ from service.contract.manifest import (
     Provenance,
 )
 from service.inference.session import Runtime, Session
-from training import archive, imputation, parity, reference_space
+from training import archive, imputation, missing_genes, parity, reference_space
 from training.data import source
 from training.data.prepared import encode_cells
 from training.data.splits import TEST, VALIDATION
@@ -32,6 +32,7 @@ from training.run import Run
 from training.sparse_input import with_values
 
 GENES, GOLDEN = "genes.tsv", "golden.npz"
+AMBIGUOUS = "reference/ambiguous_names.tsv"
 ENCODERS = frozenset({"encode", "encode_values"})
 N_RANGE = 2_048
 """Training cells from which the range of what is rounded to 8 bits is taken."""
@@ -88,9 +89,11 @@ def build(
         for name, graph in signatures.items()
         for tensor in graph.outputs
     }
-    table = gene_table(run.family, run.prepared, run.config.species)
+    table, ambiguous = gene_table(run.family, run.prepared, run.config.species)
     contents |= {GENES: table.dump(), GOLDEN: archive.dump(golden), artifact.CARD: b""}
+    contents |= {AMBIGUOUS: ambiguous_names.dump(ambiguous)} if ambiguous else {}
     contents |= space.contents if space is not None else {}
+    levels = label_levels(run) if "classify" in graphs else ()
     manifest = Manifest(
         name=variant_name(run, precision),
         version=version,
@@ -105,11 +108,17 @@ def build(
             species=run.config.species,
             digest=table.digest,
             min_gene_overlap=run.config.export.min_gene_overlap,
+            ambiguous_names=AMBIGUOUS if ambiguous else None,
         ),
         graphs=signatures,
         batch=batch_policy(run),
-        labels=label_levels(run) if "classify" in graphs else (),
+        labels=levels,
         modalities=tuple(modality(run, found) for found in run.family.imputes),
+        missing_genes=missing_genes.measure(
+            run,
+            missing_genes.Graphs(sessions, signatures, levels[0].name if levels else None),
+            table.encoder_weight,
+        ),
         reference=space.manifest if space is not None else None,
         metrics=space.metrics if space is not None else {},
         golden=Golden(file=GOLDEN, tolerance=golden_tolerance),

@@ -1,20 +1,28 @@
 """Which format comes in and which goes out: Content-Type and Accept."""
 
+from collections.abc import Mapping
+
 from service.cells.formats import BODIES, FORMATS
 from service.cells.formats.format import Format
 from service.errors import NotAcceptable, UnsupportedMediaType
 
 
-def body_format(content_type: str | None) -> Format:
+def body_format(content_type: str | None, accepted: Mapping[str, Format] = BODIES) -> Format:
     """The format of a body.
 
+    Args:
+        content_type: as it was sent.
+        accepted: formats by media type.
+
     Raises:
-        UnsupportedMediaType: Content-Type is missing or none of `BODIES`.
+        UnsupportedMediaType: Content-Type is missing or none of those.
     """
     media_type = (content_type or "").partition(";")[0].strip().lower()
-    if media_type not in BODIES:
-        raise UnsupportedMediaType(header="Content-Type", found=(content_type or "")[:100], accepted=", ".join(BODIES))
-    return BODIES[media_type]
+    if media_type not in accepted:
+        raise UnsupportedMediaType(
+            header="Content-Type", found=(content_type or "")[:100], accepted=", ".join(accepted)
+        )
+    return accepted[media_type]
 
 
 def answer_format(accept: str | None, body: Format) -> Format:

@@ -7,9 +7,10 @@ from pydantic import BaseModel
 
 from service.api import oip_openapi, problems
 from service.api.tasks import MODEL_OPTION
-from service.cells.formats import BODIES, FORMATS
+from service.cells.formats import BODIES, FORMATS, IN_MEMORY
 from service.inference import TASKS
-from service.inference.task import Task
+from service.inference.questions import QUESTIONS, Question
+from service.inference.task import Options, Task
 
 VERSION = "1"
 _PROBLEM_REF = {"$ref": "#/components/schemas/Problem"}
@@ -37,6 +38,8 @@ _OF_TASKS = tuple(sorted(set(problems.STATUS.values()) - {401, 405}))
 def document() -> dict[str, Any]:
     """OpenAPI 3.1 of all routes."""
     paths: dict[str, Any] = {f"/v1/{task.name}": {"post": _operation(task)} for task in TASKS.values()}
+    paths |= {f"/v1/{question.name}": {"post": _question(question)} for question in QUESTIONS.values()}
+    paths["/v1/genes/check"] = {"post": _genes_check()}
     name = _path_parameter("name", "Name of a model.")
     version = _path_parameter("version", "Version or alias.")
     model = _get("A model's manifest and card", "models", _json({"type": "object"}), [name], _OF_MODELS)
@@ -113,34 +116,13 @@ def document() -> dict[str, Any]:
 
 
 def _operation(task: Task) -> dict[str, Any]:
-    schemas = [options.model_json_schema() for options in (task.options, *_body_options())]
-    parameters = [
-        {
-            "name": MODEL_OPTION,
-            "in": "query",
-            "required": False,
-            "description": "`name`, `name@version` or `name@alias`; may be left out where there is one model.",
-            "schema": {"type": "string"},
-        }
-    ]
-    parameters += [
-        {
-            "name": name,
-            "in": "query",
-            "required": name in schema.get("required", ()),
-            "description": field.get("description", ""),
-            "schema": {key: value for key, value in field.items() if key not in ("description", "title", "default")},
-        }
-        for schema in schemas
-        for name, field in schema.get("properties", {}).items()
-    ]
     bodies = "\n".join(f"- `{form.media_type}`: {form.description}" for form in BODIES.values())
     return {
         "operationId": task.name,
         "summary": task.summary,
         "description": f"{task.description}\n\nThe body:\n\n{bodies}",
         "tags": ["tasks"],
-        "parameters": parameters,
+        "parameters": _parameters(task.options, *_body_options()),
         "requestBody": {
             "required": True,
             "content": {form.media_type: {"schema": form.schema} for form in BODIES.values()},
@@ -165,9 +147,91 @@ def _operation(task: Task) -> dict[str, Any]:
     }
 
 
+def _parameters(*kinds: type[BaseModel]) -> list[dict[str, Any]]:
+    """The model, and the options."""
+    schemas = [kind.model_json_schema() for kind in kinds]
+    parameters = [
+        {
+            "name": MODEL_OPTION,
+            "in": "query",
+            "required": False,
+            "description": "`name`, `name@version` or `name@alias`; may be left out where there is one model.",
+            "schema": {"type": "string"},
+        }
+    ]
+    return parameters + [
+        {
+            "name": name,
+            "in": "query",
+            "required": name in schema.get("required", ()),
+            "description": field.get("description", ""),
+            "schema": {key: value for key, value in field.items() if key not in ("description", "title", "default")},
+        }
+        for schema in schemas
+        for name, field in schema.get("properties", {}).items()
+    ]
+
+
 def _body_options() -> list[type[BaseModel]]:
     """Query parameters that say how a body is to be read."""
     return [form.options for form in BODIES.values() if form.options is not None]
+
+
+def _question(question: Question) -> dict[str, Any]:
+    """A question about all cells of a request together."""
+    content = {form.media_type: {"schema": form.schema} for form in IN_MEMORY.values()}
+    return _asked(
+        question.name,
+        question.summary,
+        question.description,
+        content,
+        question.options,
+        ("depends_on", *question.required),
+    )
+
+
+def _genes_check() -> dict[str, Any]:
+    names = {"type": "array", "items": {"type": "string", "minLength": 1, "maxLength": 256}, "minItems": 1}
+    an_object = {"type": "object", "required": ["genes"], "properties": {"genes": names}}
+    content = {
+        form.media_type: {
+            "schema": {"oneOf": [names, an_object]} if form.media_type == "application/json" else form.schema
+        }
+        for form in FORMATS.values()
+        if form.read_genes is not None
+    }
+    description = (
+        "The body is a JSON list of names, an object with `genes`, or any body of a task but a file: of it only the names of the genes are "
+        "read. The answer says what matched and by which kind of name, what is missing, renamed, duplicated, ambiguous or damaged, of which "
+        "species the names are, how much the missing genes weigh and how far an embedding can be off for them, and whether cells would be "
+        "refused."
+    )
+    required = ("is_refused", "matched_by", "missing", "species")
+    return _asked("genes_check", "What would happen to these genes", description, content, Options, required)
+
+
+def _asked(
+    name: str,
+    summary: str,
+    description: str,
+    content: dict[str, Any],
+    options: type[Options],
+    required: tuple[str, ...],
+) -> dict[str, Any]:
+    """A POST that is answered by one JSON object."""
+    answer = {"type": "object", "required": ["model", "request_id", *required]}
+    return {
+        "operationId": name,
+        "summary": summary,
+        "description": description,
+        "tags": ["questions"],
+        "parameters": _parameters(options),
+        "requestBody": {"required": True, "content": content},
+        "responses": {
+            "200": {"description": summary, "content": _json(answer)},
+            **_problems(tuple(sorted({*_OF_TASKS} - {406})) + _EVERYWHERE),
+        },
+    }
 
 
 def _answer_schema(media_type: str) -> dict[str, Any]:

@@ -40,6 +40,7 @@ STATUS: dict[type[errors.CellserveError], int] = {
     errors.FileRefused: 422,
     errors.NoRawCounts: 422,
     errors.TooFewGenes: 422,
+    errors.SpeciesMismatch: 422,
     errors.NotRawCounts: 422,
     errors.QueueFull: 429,
     errors.DeadlineTooShort: 429,

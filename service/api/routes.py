@@ -8,7 +8,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from service import metrics
-from service.api import catalogue, health, oip, oip_infer, openapi, problems
+from service.api import catalogue, genes_check, health, oip, oip_infer, openapi, problems, whole_query
 from service.api.access import Access, route
 from service.api.drain import Draining
 from service.api.request_id import RequestId
@@ -17,6 +17,7 @@ from service.api.tasks import endpoint
 from service.api.traced import Traced
 from service.errors import CellserveError
 from service.inference import TASKS
+from service.inference.questions import QUESTIONS
 
 
 def build_api(state: State) -> Starlette:
@@ -24,6 +25,8 @@ def build_api(state: State) -> Starlette:
     metrics.initialise(tuple(TASKS), problems.CODES)
     routes = [
         *(route(f"/v1/{task.name}", endpoint(task), "POST") for task in TASKS.values()),
+        *(route(f"/v1/{one.name}", whole_query.endpoint(one), "POST") for one in QUESTIONS.values()),
+        route("/v1/genes/check", genes_check.check, "POST"),
         route("/v1/models", catalogue.list_models, "GET"),
         route("/v1/models/{name}", catalogue.show_model, "GET"),
         route("/v1/models/{name}/genes", catalogue.show_genes, "GET"),

@@ -36,6 +36,11 @@ class State:
     parsers: ThreadPoolExecutor
     """Threads that read bodies and align genes; their number bounds the memory that parsing takes."""
 
+    questions: ThreadPoolExecutor = field(
+        default_factory=lambda: ThreadPoolExecutor(1, thread_name_prefix="cellserve-questions"), kw_only=True
+    )
+    """The thread that answers questions about whole requests: one at a time, so that they take neither the parsers' time nor much memory."""
+
     max_cells: int
     max_decoded_bytes: int
     timeout_seconds: float

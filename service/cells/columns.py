@@ -55,8 +55,8 @@ class LabelLists:
         """The same with only the words that occur: the names of all reference cells would outweigh a small answer."""
         used, codes = np.unique(self.codes, return_inverse=True)
         n_none = int(len(used) > 0 and used[0] < 0)
-        codes = (codes.reshape(self.codes.shape) - n_none).astype(np.int32)
-        return LabelLists(codes, tuple(self.words[code] for code in used[n_none:]), self.is_ragged)
+        renumbered = np.asarray(codes.reshape(self.codes.shape) - n_none, dtype=np.int32)
+        return LabelLists(renumbered, tuple(self.words[code] for code in used[n_none:]), self.is_ragged)
 
 
 Column = Values | Vectors | Labels | LabelLists

@@ -28,6 +28,8 @@ class Cells:
     """Shape (n_cells, len(genes)), any numeric dtype; a gene may occur twice within a cell."""
 
     cell_ids: tuple[str, ...] | None = None
+    clusters: tuple[str, ...] | None = None
+    """Name of the cluster of each cell, for questions about all cells together; what a cell is answered does not depend on it."""
 
     def __len__(self) -> int:
         return int(self.counts.shape[0])

@@ -1,9 +1,8 @@
 """Gene alignment: from the genes that were sent to the genes of the model, and a report of what became of each."""
 
 import re
-from collections import Counter
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
 from functools import cached_property, lru_cache
 from typing import Any
 
@@ -13,12 +12,15 @@ from numpy.typing import NDArray
 from scipy.sparse import _sparsetools
 
 from service.cells.counts import csr
+from service.cells.species import SpeciesGuess, guess_species
+from service.contract.ambiguous_names import Ambiguous
 from service.contract.gene_table import GeneTable
-from service.errors import TooFewGenes
+from service.contract.manifest import MissingGenes
+from service.errors import SpeciesMismatch, TooFewGenes
 
 # Only stable ids carry a version. Symbols keep their dots: RP11-885N19.6 is a whole name.
 _VERSIONED = re.compile(r"(ENS[A-Z]*[GTP]\d{11})\.\d+")
-_OF_ANOTHER_SPECIES = re.compile(r"ENS([A-Z]+)G\d{11}")
+_ENSEMBL = re.compile(r"ENS[A-Z]*[GTP]\d{11}(\.\d+)?")
 _ANTIBODY = re.compile(r"(_TotalSeq[ABC]?|_TotalC|\.ADT|_ADT|-AB)$", re.IGNORECASE)
 _PREFIXED = re.compile(r"(hg19|hg38|GRCh37|GRCh38|mm10|GRCm38|GRCm39)_+", re.IGNORECASE)
 _DATE = re.compile(r"(\d{1,2}-(Mar|Sep|Dec|Oct)|(Mar|Sep|Dec|Oct)-\d{1,2}|\d{4}-\d\d-\d\d.*)", re.IGNORECASE)
@@ -61,6 +63,19 @@ class AlignmentReport:
     suspect: tuple[str, ...]
     """Names that a spreadsheet has probably changed into dates (1-Mar); at most 20. They match nothing and are not guessed."""
 
+    id_type: str
+    """What was sent: ensembl, symbol or mixed."""
+
+    species: str | None
+    """Of which the names speak; None where they do not tell."""
+
+    ambiguous: dict[str, tuple[str, ...]]
+    """Name that was sent and not taken → genes of the model, missing otherwise, that it may mean; at most 20."""
+
+    n_ambiguous: int
+    missing_effect: "MissingEffect | None"
+    """What the missing genes may do to the embedding; None where the artifact does not say."""
+
     def as_dict(self) -> dict[str, Any]:
         """Plain values, for JSON. Many requests have the same genes, hence the same report: the dictionary is theirs together."""
         return self._plain
@@ -68,6 +83,20 @@ class AlignmentReport:
     @cached_property
     def _plain(self) -> dict[str, Any]:
         return asdict(self)
+
+
+@dataclass(frozen=True)
+class MissingEffect:
+    """How far held-out cells of the reference moved when genes of the same weight were taken away from them."""
+
+    displacement_median: float
+    """In distances between neighbours: 1 is as far as from a cell to its 15 nearest."""
+
+    displacement_90: float
+    """Nine cells in ten moved less."""
+
+    label_changes: float | None
+    """Share of cells whose label became another; None for a model without labels."""
 
 
 @dataclass(frozen=True)
@@ -80,6 +109,8 @@ class GeneIndex:
 
     min_gene_overlap: float
     species: str = "homo_sapiens"
+    ambiguous_names: Mapping[str, Ambiguous] = field(default_factory=dict)
+    missing_genes: MissingGenes | None = None
 
     @cached_property
     def _by_name(self) -> dict[str, int]:
@@ -113,51 +144,113 @@ class GeneIndex:
         """Position in the model of each gene that was sent, -1 for genes that the model does not use.
 
         Raises:
-            TooFewGenes: the overlap is below `min_gene_overlap`, with examples of both sides and the likely reason.
+            SpeciesMismatch, TooFewGenes: as `refusal` says.
         """
+        positions = self.positions(genes)
+        species = guess_species(genes)
+        report = self.report(genes, positions, species)
+        if refused := self.refusal(genes, positions, report, species):
+            raise refused
+        return positions, report
+
+    def positions(self, genes: tuple[str, ...]) -> NDArray[np.int32]:
+        """Position in the model of each gene that was sent, -1 for genes that the model does not use; read-only."""
         positions = np.fromiter((self.find(gene) for gene in genes), dtype=np.int32, count=len(genes))
         positions.setflags(write=False)  # shared by all requests with these genes
+        return positions
+
+    def report(
+        self, genes: tuple[str, ...], positions: NDArray[np.int32], species: SpeciesGuess, n_listed: int = N_LISTED
+    ) -> AlignmentReport:
+        """What becomes of genes that were sent, with at most `n_listed` of each kind by name."""
         columns = np.bincount(positions[positions >= 0], minlength=len(self.table))
         missing = np.flatnonzero(columns == 0)
-        heaviest = missing[np.argsort(-self.table.encoder_weight[missing], kind="stable")][:N_LISTED]
+        heaviest = missing[np.argsort(-self.table.encoder_weight[missing], kind="stable")][:n_listed]
         renamed = {
             gene: self.display(int(at))
             for gene, at in zip(genes, positions, strict=True)
             if at >= 0 and gene not in self._own_names
         }
         duplicated = np.flatnonzero(columns > 1)
+        ambiguous = self._ambiguous(genes, positions, columns)
         n_matched = len(self.table) - len(missing)
-        report = AlignmentReport(
+        missing_weight = min(1.0, float(self.table.encoder_weight[missing].sum())) if len(missing) else 0.0
+        n_ids = sum(bool(_ENSEMBL.fullmatch(gene)) for gene in genes)
+        return AlignmentReport(
             n_model_genes=len(self.table),
             n_query_genes=len(genes),
             n_matched=n_matched,
             gene_overlap=n_matched / len(self.table),
             n_missing=len(missing),
             missing=tuple(self.display(int(at)) for at in heaviest),
-            missing_weight=float(self.table.encoder_weight[missing].sum()) if len(missing) else 0.0,
+            missing_weight=missing_weight,
             n_unknown=int((positions < 0).sum()),
-            renamed=dict(list(renamed.items())[:N_LISTED]),
+            renamed=dict(list(renamed.items())[:n_listed]),
             n_renamed=len(renamed),
-            duplicated={self.display(int(at)): int(columns[at]) for at in duplicated[:N_LISTED]},
+            duplicated={self.display(int(at)): int(columns[at]) for at in duplicated[:n_listed]},
             n_duplicated=len(duplicated),
-            suspect=tuple(gene for gene in genes if _DATE.fullmatch(gene))[:N_LISTED],
+            suspect=tuple(gene for gene in genes if _DATE.fullmatch(gene))[:n_listed],
+            id_type="ensembl" if n_ids > 0.9 * len(genes) else "symbol" if n_ids < 0.1 * len(genes) else "mixed",
+            species=species.guess,
+            ambiguous=dict(list(ambiguous.items())[:n_listed]),
+            n_ambiguous=len(ambiguous),
+            missing_effect=self.missing_effect(missing_weight),
         )
-        if report.gene_overlap < self.min_gene_overlap:
-            unmatched = [gene for gene, at in zip(genes, positions, strict=True) if at < 0]
-            raise TooFewGenes(
+
+    def _ambiguous(
+        self, genes: tuple[str, ...], positions: NDArray[np.int32], columns: NDArray[np.int64]
+    ) -> dict[str, tuple[str, ...]]:
+        """Names that were not taken → genes that they may mean, of those that nothing else was taken for."""
+        found = {}
+        for gene, at in zip(genes, positions, strict=True):
+            if at < 0 and (why := self.ambiguous_names.get(gene)) is not None:
+                meant = tuple(self.display(i) for name in why.gene_ids if not columns[i := self.find(name)])
+                if meant:
+                    found[gene] = meant
+        return found
+
+    def missing_effect(self, missing_weight: float) -> MissingEffect | None:
+        """What genes of that share of the encoder's first layer do by missing."""
+        measured = self.missing_genes
+        if measured is None:
+            return None
+
+        def at(column: tuple[float, ...]) -> float:
+            return float(np.interp(missing_weight, measured.weight, column))
+
+        return MissingEffect(
+            displacement_median=at(measured.displacement_median),
+            displacement_90=at(measured.displacement_90),
+            label_changes=at(measured.label_changes) if measured.label_changes is not None else None,
+        )
+
+    def refusal(
+        self, genes: tuple[str, ...], positions: NDArray[np.int32], report: AlignmentReport, species: SpeciesGuess
+    ) -> SpeciesMismatch | TooFewGenes | None:
+        """Why a query with these genes is not answered: they are of another species, or too few; None where it is."""
+        if species.contradicts(self.species):
+            return SpeciesMismatch(
                 model=self.model,
-                n_model_genes=report.n_model_genes,
-                n_query_genes=report.n_query_genes,
-                n_matched=n_matched,
-                gene_overlap=report.gene_overlap,
-                min_gene_overlap=self.min_gene_overlap,
-                query_examples=", ".join(_shown(gene) for gene in (unmatched or genes)[:N_EXAMPLES]) or "none",
-                model_examples=", ".join(
-                    f"{self.table.gene_id[i]} ({self.display(i)})" for i in range(min(3, len(self.table)))
-                ),
-                hint=self._hint(unmatched),
+                species=self.species,
+                guess=str(species.guess),
+                evidence="; ".join(_shown(line, 300) for line in species.evidence),
             )
-        return positions, report
+        if report.gene_overlap >= self.min_gene_overlap:
+            return None
+        unmatched = [gene for gene, at in zip(genes, positions, strict=True) if at < 0]
+        return TooFewGenes(
+            model=self.model,
+            n_model_genes=report.n_model_genes,
+            n_query_genes=report.n_query_genes,
+            n_matched=report.n_matched,
+            gene_overlap=report.gene_overlap,
+            min_gene_overlap=self.min_gene_overlap,
+            query_examples=", ".join(_shown(gene) for gene in (unmatched or genes)[:N_EXAMPLES]) or "none",
+            model_examples=", ".join(
+                f"{self.table.gene_id[i]} ({self.display(i)})" for i in range(min(3, len(self.table)))
+            ),
+            hint=self._hint(unmatched),
+        )
 
     def _hint(self, unmatched: list[str]) -> str:
         """The likely reason why the names in `unmatched` are not known."""
@@ -170,19 +263,7 @@ class GeneIndex:
             return "The names are numbers: an index was sent in place of gene names. Send var_names."
         if share(_PREFIXED.match) > 0.5:
             return "The names carry a genome prefix. Remove it (hg19_CD3D is CD3D)."
-        if share(_OF_ANOTHER_SPECIES.match) > 0.5:
-            species = Counter(match[1] for name in sample if (match := _OF_ANOTHER_SPECIES.match(name))).most_common(1)[
-                0
-            ][0]
-            which = "mouse" if species == "MUS" else f"another species (ENS{species}…)"
-            return f"These are Ensembl ids of {which}, and the model is of {self.species}. Map orthologs first."
         if share(lambda name: self.find(name.upper()) >= 0) > 0.1:
-            # Cd3d: a capital, then none, but not all capitals.
-            if share(lambda name: name == name.capitalize() != name.upper()) > 0.5:
-                return (
-                    "The names are written as mouse symbols are (Cd3d, where human is CD3D). If these are mouse cells, map the "
-                    "genes to human orthologs first."
-                )
             return "In upper case many of them would match: send the symbols as HGNC writes them."
         if share(_ANTIBODY.search) > 0.5:
             return "These look like antibodies. Send gene expression."
@@ -257,7 +338,7 @@ def scatter(
     return out
 
 
-def _shown(name: str) -> str:
+def _shown(name: str, n_characters: int = 40) -> str:
     """A name as it may stand in a message: short, and without control characters."""
-    clean = "".join(character if character.isprintable() else "?" for character in name[:40])
-    return clean + "…" if len(name) > 40 else clean
+    clean = "".join(character if character.isprintable() else "?" for character in name[:n_characters])
+    return clean + "…" if len(name) > n_characters else clean

@@ -8,14 +8,15 @@ import stat
 import tempfile
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import ValidationError
 
-from service.contract import onnx_file, strict_json
+from service.contract import ambiguous_names, onnx_file, strict_json
+from service.contract.ambiguous_names import Ambiguous
 from service.contract.gene_table import GeneTable
 from service.contract.manifest import SCHEMA_VERSION, File, Manifest
 from service.contract.reference_cells import ReferenceCells
@@ -39,6 +40,8 @@ class Artifact:
     """Bytes of every file but manifest.json, by name."""
 
     reference: ReferenceCells | None = None
+    ambiguous_names: Mapping[str, Ambiguous] = field(default_factory=dict)
+    """Names that are not taken for a gene of the model, with the reason."""
 
     def graph(self, name: str) -> bytes:
         """The ONNX bytes of the graph `name` of the manifest."""
@@ -129,7 +132,17 @@ def read(path: Path) -> Artifact:
         reference = ReferenceCells.parse(manifest, contents) if manifest.reference is not None else None
     except ValueError as error:
         raise InvalidArtifact(path=str(path), problem=f"its reference cells: {error}") from None
-    return Artifact(path=path, manifest=manifest, genes=genes, contents=contents, reference=reference)
+    return Artifact(path, manifest, genes, contents, reference, _ambiguous_names(path, manifest, contents))
+
+
+def _ambiguous_names(path: Path, manifest: Manifest, contents: Mapping[str, bytes]) -> dict[str, Ambiguous]:
+    name = manifest.genes.ambiguous_names
+    if name is None:
+        return {}
+    try:
+        return ambiguous_names.parse(contents[name])
+    except ValueError as error:
+        raise InvalidArtifact(path=str(path / name), problem=str(error)) from None
 
 
 def write(root: Path, manifest: Manifest, contents: Mapping[str, bytes]) -> Path:

@@ -70,6 +70,46 @@ class Genes(Strict):
     min_gene_overlap: Annotated[float, Field(gt=0, le=1)]
     """Share of the model's genes that a query must have. Below it the query is refused."""
 
+    ambiguous_names: FileName | None = None
+    """Table with the columns name, gene_ids ("|"-joined), is_symbol: names that may mean genes of the model and are not taken for them."""
+
+
+Shares = tuple[Annotated[float, Field(ge=0, le=1)], ...]
+
+
+class MissingGenes(Strict):
+    """How far cells move when genes are missing: measured on cells that were held out, by taking genes away from them.
+
+    The columns have one entry per value of `weight`, and never fall.
+    """
+
+    n_cells: Annotated[int, Field(gt=0)]
+    n_sets: Annotated[int, Field(gt=0)]
+    """Sets of genes that were taken away: drawn at random, the heaviest, the lightest and the most expressed."""
+
+    neighbour_distance: Annotated[float, Field(gt=0)]
+    """Median distance in the latent space between such a cell and its 15 nearest; displacements are in this unit."""
+
+    weight: Annotated[Shares, Field(min_length=2)]
+    """Share of the encoder's first layer that the missing genes hold, rising from 0."""
+
+    displacement_median: tuple[Annotated[float, Field(ge=0)], ...]
+    displacement_90: tuple[Annotated[float, Field(ge=0)], ...]
+    """Nine cells in ten moved less."""
+
+    label_changes: Shares | None = None
+    """Share of cells whose label of the first level became another; None for a model without labels."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "MissingGenes":
+        columns = (self.displacement_median, self.displacement_90, self.label_changes)
+        for column in columns:
+            if column is not None and (len(column) != len(self.weight) or list(column) != sorted(column)):
+                raise ValueError("the columns must have one entry per weight and never fall")
+        if self.weight[0] != 0 or list(self.weight) != sorted(set(self.weight)):
+            raise ValueError("weight must rise from 0")
+        return self
+
 
 class BatchPolicy(Strict):
     """How technical batches enter the graphs."""
@@ -303,8 +343,12 @@ class Manifest(Strict):
     modalities: tuple[Modality, ...] = ()
     """What `decode` gives beside `expression`."""
 
+    missing_genes: MissingGenes | None = None
+    """What missing genes do to an embedding."""
+
     profile: Profile | None = None
     """What is sent can be compared with; null where the reference was not at hand."""
+
     reference: Reference | None = None
     """None: the model does not offer map."""
 
@@ -324,6 +368,7 @@ class Manifest(Strict):
         named = [self.genes.file, self.golden.file, *(graph.file for graph in self.graphs.values())]
         if self.reference is not None:
             named += [self.reference.latent, self.reference.cells, *filter(None, [self.reference.umap])]
+        named += [self.genes.ambiguous_names] if self.genes.ambiguous_names else []
         if missing := sorted(set(named) - set(self.files)):
             raise ValueError(f"files does not list {', '.join(missing)}")
         proven = {f"{name}/{output.name}" for name, graph in self.graphs.items() for output in graph.outputs}

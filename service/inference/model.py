@@ -27,6 +27,8 @@ class Model:
     sessions: dict[str, Session]
     runtime: Runtime
     card: str
+    golden_counts: sp.csr_matrix
+    """Counts of the golden cells that are not empty: real cells, held out from training."""
     reference: Nearest | None = None
     """The reference cells, where the artifact carries them."""
 
@@ -127,6 +129,10 @@ class Model:
         return self.sessions["project"].run({"latent": latent})["umap"]
 
 
+def _filled(counts: NDArray[np.float32]) -> sp.csr_matrix:
+    return sp.csr_matrix(counts[counts.sum(axis=1) > 0])
+
+
 def load(artifact: Artifact, runtime: Runtime, is_quiet: bool = False) -> Model:
     """Make sessions of an artifact's graphs and let its golden cells prove them on this machine, which also warms them up.
 
@@ -159,10 +165,18 @@ def load(artifact: Artifact, runtime: Runtime, is_quiet: bool = False) -> Model:
         sessions[str(name)] = session
     model = Model(
         manifest=manifest,
-        genes=GeneIndex(artifact.genes, manifest.id, manifest.genes.min_gene_overlap, manifest.genes.species),
+        genes=GeneIndex(
+            artifact.genes,
+            manifest.id,
+            manifest.genes.min_gene_overlap,
+            manifest.genes.species,
+            artifact.ambiguous_names,
+            manifest.missing_genes,
+        ),
         sessions=sessions,
         runtime=runtime,
         card=artifact.card,
+        golden_counts=_filled(golden["encode/counts"]),
         reference=Nearest(artifact.reference) if artifact.reference is not None else None,
     )
     if "transform" in sessions:

@@ -62,13 +62,27 @@ class Task:
         Raises:
             InvalidOption: an option is unknown, or has a value that is not allowed or that the model cannot serve.
         """
-        try:
-            options = self.options.model_validate(values)
-        except ValidationError as error:
-            first = error.errors(include_url=False, include_input=False)[0]
-            name = str(first["loc"][0]) if first["loc"] else "?"
-            known = ", ".join(self.options.model_fields) or "no options"
-            reason = f"unknown; {self.name} takes {known}" if first["type"] == "extra_forbidden" else first["msg"]
-            raise InvalidOption(name=name[:60], problem=f"{reason}.") from None
+        options = read_options(self.name, self.options, values)
         options.check(model)
         return options
+
+
+def read_options(name: str, kind: type[Options], values: Mapping[str, str]) -> Options:
+    """Options as a person wrote them.
+
+    Args:
+        name: of what takes them.
+        kind: its options.
+        values: by name.
+
+    Raises:
+        InvalidOption: an option is unknown, or has a value that is not allowed.
+    """
+    try:
+        return kind.model_validate(values)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        field = str(first["loc"][0]) if first["loc"] else "?"
+        known = ", ".join(kind.model_fields) or "no options"
+        reason = f"unknown; {name} takes {known}" if first["type"] == "extra_forbidden" else first["msg"]
+        raise InvalidOption(name=field[:60], problem=f"{reason}.") from None

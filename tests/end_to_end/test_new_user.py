@@ -93,17 +93,17 @@ def test_mouse_genes(server: Server, cells: ad.AnnData) -> None:
     names = [name.capitalize() for name in cells.var_names]
     problem = refusal(server, {"genes": names, "cells": [[1] * len(names)]})
 
-    assert problem["code"] == "too_few_genes"
+    assert problem["code"] == "species_mismatch"
     assert "mouse" in problem["detail"]
 
 
 def test_mouse_ensembl_ids(server: Server) -> None:
-    """Mouse Ensembl ids are named as such, with the numbers of both sides."""
+    """Mouse Ensembl ids are named as such, with both species and the evidence."""
     names = [f"ENSMUSG{number:011d}" for number in range(2000)]
     problem = refusal(server, {"genes": names, "cells": [[1] * 2000]})
 
-    assert "Ensembl ids of mouse" in problem["detail"]
-    assert (problem["n_query_genes"], problem["n_matched"]) == (2000, 0)
+    assert (problem["species"], problem["guess"]) == ("homo_sapiens", "mus_musculus")
+    assert "100% of the names are ids" in problem["evidence"]
 
 
 def test_wrong_gene_names(server: Server) -> None:

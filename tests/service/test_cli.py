@@ -1,5 +1,6 @@
 """The command line: models, verify, alias, and one command per task."""
 
+import json
 from pathlib import Path
 
 import anndata as ad
@@ -116,3 +117,42 @@ def test_what_a_user_can_mend(run, query: Path, tmp_path: Path) -> None:
         assert code != 0
         assert "Traceback" not in output
         assert output.strip()
+
+
+def test_questions(run, query: Path, tmp_path: Path) -> None:
+    """Check and markers print the answer as JSON, by clusters where a column is named; what is wrong is one sentence."""
+    adata = ad.AnnData(counts(60), var=pd.DataFrame(index=list(gene_table().gene_symbol)))
+    adata.obs["leiden"] = [str(number % 2) for number in range(60)]
+    adata.write_h5ad(tmp_path / "many.h5ad")
+    code, output = run("check", tmp_path / "many.h5ad", "--cluster-key", "leiden")
+    found = json.loads(output)
+    assert (code, found["n_cells"], set(found["majority_labels"])) == (0, 60, {"0", "1"})
+    assert (found["counts_source"], found["depends_on"]) == ("X", "all cells of the request")
+
+    arguments = ("--cluster-key", "leiden", "--option", "group_by=clusters", "--option", "n_genes=3")
+    code, output = run("markers", tmp_path / "many.h5ad", *arguments)
+    assert (code, [len(group["genes"]) for group in json.loads(output)["groups"].values()]) == (0, [3, 3])
+    assert "group_by" in run("markers", query, "--option", "group_by=clusters")[1]
+    assert "leiden" in run("check", query, "--cluster-key", "leiden")[1]
+    assert run("markers", query, "--option", "test=nope")[0] == 1
+
+
+def test_a_refused_query_is_red(run, query: Path, tmp_path: Path) -> None:
+    """Check gives a verdict where a task gives an error."""
+    adata = ad.read_h5ad(query)
+    adata.X = adata.X.log1p()
+    adata.write_h5ad(tmp_path / "logged.h5ad")
+    code, output = run("check", tmp_path / "logged.h5ad")
+    assert (code, json.loads(output)["refused"]["code"]) == (0, "not_raw_counts")
+    assert run("markers", tmp_path / "logged.h5ad")[0] == 1
+
+
+def test_genes_check(run, query: Path, tmp_path: Path) -> None:
+    """Names come from a text file or from an .h5ad, and both say the same."""
+    names = tmp_path / "names.txt"
+    names.write_text("\n".join(gene_table().gene_symbol) + "\n\n")
+    code, output = run("genes-check", names)
+    assert (code, json.loads(output)["n_matched"]) == (0, 40)
+    assert json.loads(run("genes-check", query)[1]) == json.loads(output)
+    names.write_text("Cd3d\nMs4a1\n")
+    assert json.loads(run("genes-check", names)[1])["problem"]["code"] == "species_mismatch"

@@ -136,3 +136,47 @@ def test_a_refusal(url: str, adata: ad.AnnData) -> None:
 
     assert (refused.value.code, refused.value.status) == ("not_raw_counts", 422)
     assert refused.value.document["cell"] == "Cell 0"
+
+
+def test_questions_over_http(url: str) -> None:
+    """check, markers and check_genes; a column that is not there, and a data set without cells."""
+    cells = ad.AnnData(counts(80), var=pd.DataFrame(index=list(gene_table().gene_symbol)))
+    cells.obs["group"] = pd.Categorical([f"g{number % 2}" for number in range(80)])
+    with Client(url, model="tiny") as client:
+        found = client.check(cells, cluster_key="group")
+        some = client.check(cells, cluster_key="group", max_cells=50)
+        table = client.markers(cells, cluster_key="group", n_genes=4, test="t_test")
+        assert client.check_genes(["G1"])["is_refused"]
+        with pytest.raises(KeyError, match="group"):
+            client.check(cells, cluster_key="nope")
+        with pytest.raises(ValueError, match="no cell"):
+            client.check(cells[:0])
+        with pytest.raises(CellserveProblem, match="min_share"):
+            client.check(cells, min_share=3)
+
+    assert set(found["majority_labels"]) == {"g0", "g1"}
+    assert sum(cluster["n_cells"] for cluster in found["clusters"].values()) == 80
+    assert (some["n_cells"], some["n_cells_drawn_from"]) == (50, 80)
+    assert table["group"].tolist() == ["g0"] * 4 + ["g1"] * 4
+    assert {"gene_symbol", "score", "q_value", "log2_fold_change"} <= set(table.columns)
+
+
+def test_votes(url: str, tmp_path) -> None:
+    """Majority labels by a column, or by clusters of the latent; what is needed and not there is named; it can be written to .h5ad."""
+    cells = ad.AnnData(counts(90), var=pd.DataFrame(index=list(gene_table().gene_symbol)))
+    cells.obs["group"] = [f"g{number % 3}" for number in range(90)]
+    with Client(url) as client:
+        annotated = client.annotate(cells)
+        by_group = client.vote(annotated, cluster_key="group", min_share=0.1)
+        with pytest.raises(KeyError, match="embed"):
+            client.vote(annotated)
+        by_latent = client.vote(client.embed(annotated))
+        with pytest.raises(KeyError, match="predicted_labels"):
+            client.vote(cells, cluster_key="group")
+
+    assert (by_group.obs.groupby("group", observed=True)["majority_labels"].nunique() == 1).all()
+    assert "majority_labels" not in annotated.obs
+    assert by_latent.obs["over_clustering"].nunique() > 1
+    by_latent.write_h5ad(tmp_path / "voted.h5ad")
+    about = json.loads(ad.read_h5ad(tmp_path / "voted.h5ad").uns["cellserve"]["vote"])
+    assert about["depends_on"] == "all cells of the data set"

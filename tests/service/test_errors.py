@@ -50,8 +50,8 @@ def test_codes_are_stable() -> None:
     assert set(CODES) >= set(
         """body_timeout body_too_large empty_body golden_mismatch internal_error invalid_artifact invalid_cells invalid_option
         malformed_body method_not_allowed model_not_found model_not_ready no_cells not_acceptable not_found not_raw_counts not_ready
-        provider_unavailable queue_full shutting_down task_not_offered timeout too_few_genes too_many_bytes too_many_cells unstable_bits
-        unsupported_media_type version_exists""".split()  # noqa: SIM905 - read as a list of words
+        provider_unavailable queue_full shutting_down species_mismatch task_not_offered timeout too_few_genes too_many_bytes
+        too_many_cells unstable_bits unsupported_media_type version_exists""".split()  # noqa: SIM905 - read as a list of words
     )
 
 

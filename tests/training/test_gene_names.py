@@ -5,9 +5,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from service.contract.ambiguous_names import Ambiguous
 from training import run
 from training.data import registry
-from training.gene_names import HgncGene, encoder_weight, find_aliases, read_hgnc
+from training.gene_names import HgncGene, encoder_weight, find_aliases, find_ambiguous, read_hgnc
 
 
 def test_old_and_other_symbols_are_found() -> None:
@@ -39,6 +40,20 @@ def test_two_rows_of_one_gene_get_no_aliases() -> None:
     """HGNC takes them for one; which of the two is meant cannot be known."""
     hgnc = [HgncGene("A", "E1", ("X",))]
     assert find_aliases(["E1", "E2"], ["OLD", "A"], hgnc) == ((), ())
+
+
+def test_names_that_are_left_out_have_a_reason() -> None:
+    """Claimed by several genes, or the symbol of another gene; what is an alias or in the table is not among them."""
+    hgnc = [
+        HgncGene("A", "E1", ("BOTH", "OWN", "MINE", "B")),
+        HgncGene("B", "E2", ("BOTH",)),
+        HgncGene("OWN", "E9", ("FAR",)),
+    ]
+    assert find_ambiguous(["E1", "E2"], ["A", "B"], hgnc) == {
+        "BOTH": Ambiguous(("E1", "E2"), is_symbol=False),
+        "OWN": Ambiguous(("E1",), is_symbol=True),
+    }
+    assert find_aliases(["E1", "E2"], ["A", "B"], hgnc)[0] == ("MINE",)
 
 
 def test_hgnc_is_read() -> None:

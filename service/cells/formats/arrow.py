@@ -20,7 +20,7 @@ from service.errors import InvalidCells, MalformedBody, NoCells
 
 GENE_TYPES = (pa.int32(), pa.int64(), pa.uint16(), pa.uint32())
 COUNT_TYPES = (pa.uint8(), pa.uint16(), pa.uint32(), pa.int32(), pa.int64(), pa.float32(), pa.float64())
-COLUMNS = ("gene", "count", "cell_id", "batch")
+COLUMNS = ("gene", "count", "cell_id", "batch", "cluster")
 GENES_KEY = b"genes"
 PROBLEM_KEY = b"cellserve-problem"
 """Of the metadata of a last record batch, where a streamed answer breaks off."""
@@ -53,8 +53,22 @@ def read(body: bytes, max_decoded_bytes: int) -> Cells:
         )
     if not n_cells:
         raise NoCells
-    cell_ids = _cell_ids(batches) if "cell_id" in schema.names else None
-    return Cells(genes=genes, counts=_counts(batches, len(genes)), cell_ids=cell_ids)
+    cell_ids, clusters = (_names(batches, name) if name in schema.names else None for name in ("cell_id", "cluster"))
+    return Cells(genes=genes, counts=_counts(batches, len(genes)), cell_ids=cell_ids, clusters=clusters)
+
+
+def read_genes(body: bytes) -> tuple[str, ...]:
+    """Names of the genes in the metadata of a stream's schema; what follows it is not looked at.
+
+    Raises:
+        MalformedBody: not an Arrow stream.
+        InvalidCells: no list of names in the metadata.
+    """
+    try:
+        with pa.ipc.open_stream(body) as reader:
+            return _genes(reader.schema)
+    except (pa.ArrowException, OSError, EOFError) as error:
+        raise MalformedBody(problem=f"The body is not an Arrow IPC stream: {str(error)[:200]}.") from None
 
 
 def _genes(schema: pa.Schema) -> tuple[str, ...]:
@@ -166,11 +180,11 @@ def _joined(arrays: list[np.ndarray[Any, Any]]) -> np.ndarray[Any, Any]:
     return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
 
 
-def _cell_ids(batches: list[pa.RecordBatch]) -> tuple[str, ...]:
-    column = pa.chunked_array([batch.column("cell_id") for batch in batches])
+def _names(batches: list[pa.RecordBatch], name: str) -> tuple[str, ...]:
+    column = pa.chunked_array([batch.column(name) for batch in batches])
     if not (pa.types.is_string(column.type) or pa.types.is_large_string(column.type)) or column.null_count:
-        raise InvalidCells(problem=f"Column 'cell_id' must be of type string without nulls, not {column.type}.")
-    return check_names(column.to_pylist(), "cell_id")
+        raise InvalidCells(problem=f"Column '{name}' must be of type string without nulls, not {column.type}.")
+    return check_names(column.to_pylist(), name)
 
 
 class ArrowWriter:
@@ -237,7 +251,9 @@ FORMAT = Format(
     read=read,
     writer=ArrowWriter,
     description="An Arrow IPC stream. One row per cell: `gene` (list of indices into the JSON list `genes` of the schema's metadata), "
-    "`count` (list of the same length), optionally `cell_id` (string) and `batch` (ignored by models whose encoder needs no batch, which "
-    "are all of schema_version 1). Record batches may be compressed (lz4, zstd). The answer streams back batch by batch.",
+    "`count` (list of the same length), optionally `cell_id` (string), `cluster` (string, which only `check` and `markers` look at) and "
+    "`batch` (ignored by models whose encoder needs no batch, which are all of schema_version 1). Record batches may be compressed (lz4, "
+    "zstd). The answer streams back batch by batch.",
     schema={"type": "string", "format": "binary"},
+    read_genes=read_genes,
 )

@@ -54,6 +54,9 @@ class Format:
         """Whether cells can be sent in it; answers can be had in every format."""
         return self.read is not None or self.is_file
 
+    read_genes: Callable[[bytes], tuple[str, ...]] | None = None
+    """Body → names of the genes alone, cells or none. Raises MalformedBody, InvalidCells. None where a format has no way to say that."""
+
 
 def check_names(names: object, what: str) -> tuple[str, ...]:
     """A list of names as a tuple.

@@ -13,7 +13,7 @@ from service.cells.formats.format import Format, check_names
 from service.contract import strict_json
 from service.errors import InvalidCells, MalformedBody, NoCells
 
-FIELDS = ("genes", "cells", "cell_ids")
+FIELDS = ("genes", "cells", "cell_ids", "clusters")
 
 
 def read(body: bytes, max_decoded_bytes: int) -> Cells:  # noqa: ARG001 - JSON cannot grow by decoding
@@ -46,10 +46,33 @@ def read(body: bytes, max_decoded_bytes: int) -> Cells:  # noqa: ARG001 - JSON c
         )
     if not rows:
         raise NoCells
-    cell_ids = check_names(document["cell_ids"], "cell_ids") if document.get("cell_ids") is not None else None
-    if cell_ids is not None and len(cell_ids) != len(rows):
-        raise InvalidCells(problem=f"'cell_ids' has {len(cell_ids):,} names for {len(rows):,} cells.")
-    return Cells(genes=genes, counts=_counts(rows, genes), cell_ids=cell_ids)
+    named = {field: _one_per_cell(document, field, len(rows)) for field in ("cell_ids", "clusters")}
+    return Cells(genes=genes, counts=_counts(rows, genes), **named)
+
+
+def _one_per_cell(document: dict[str, Any], field: str, n_cells: int) -> tuple[str, ...] | None:
+    if document.get(field) is None:
+        return None
+    names = check_names(document[field], field)
+    if len(names) != n_cells:
+        raise InvalidCells(problem=f"'{field}' has {len(names):,} names for {n_cells:,} cells.")
+    return names
+
+
+def read_genes(body: bytes) -> tuple[str, ...]:
+    """Names of the genes of a JSON body: a list of them, or an object with `genes`, whatever else it holds.
+
+    Raises:
+        MalformedBody: not JSON, with line and column.
+        InvalidCells: there is no list of names in it.
+    """
+    try:
+        document = strict_json.loads(body)
+    except ValueError as error:
+        raise MalformedBody(problem=f"The body is not valid JSON: {error}.{_csv_hint(body[:4000])}") from None
+    if isinstance(document, dict) and "genes" not in document:
+        raise InvalidCells(problem="The body must be a list of names, or an object with 'genes'.")
+    return check_names(document["genes"] if isinstance(document, dict) else document, "genes")
 
 
 def _counts(rows: list[Any], genes: tuple[str, ...]) -> sp.csr_matrix:
@@ -153,7 +176,8 @@ FORMAT = Format(
     read=read,
     writer=JsonWriter,
     description="An object with `genes` (all genes that were measured) and `cells`, each a list of counts in the order of `genes` or "
-    "an object of gene: count in which genes that are left out count zero; optionally `cell_ids`.",
+    "an object of gene: count in which genes that are left out count zero; optionally `cell_ids`, and `clusters`, which only `check` and "
+    "`markers` look at.",
     schema={
         "type": "object",
         "required": ["genes", "cells"],
@@ -171,6 +195,8 @@ FORMAT = Format(
                 },
             },
             "cell_ids": {"type": "array", "items": _NAME, "minItems": 1},
+            "clusters": {"type": "array", "items": _NAME, "minItems": 1},
         },
     },
+    read_genes=read_genes,
 )

@@ -17,6 +17,7 @@ from service.api import openapi, problems
 from service.api.routes import build_api
 from service.errors import CellserveError
 from service.inference import TASKS
+from service.inference.questions import QUESTIONS
 from tests.builders import N_REFERENCE, gene_table, write_artifact
 from tests.conftest import serving
 from tests.end_to_end.server import running_server
@@ -143,9 +144,10 @@ async def test_document_and_routes_agree(client: httpx.AsyncClient) -> None:
 def document_of_json() -> dict[str, Any]:
     """The document without Arrow and HDF5 bodies, which no generator knows how to make (tests/service/cells/formats has those)."""
     document = openapi.document()
-    for task in TASKS:
-        content = document["paths"][f"/v1/{task}"]["post"]["requestBody"]["content"]
-        del content["application/vnd.apache.arrow.stream"], content["application/x-hdf5"]
+    for path in (*TASKS, *QUESTIONS, "genes/check"):
+        content = document["paths"][f"/v1/{path}"]["post"]["requestBody"]["content"]
+        del content["application/vnd.apache.arrow.stream"]
+        content.pop("application/x-hdf5", None)
     return document
 
 

@@ -110,9 +110,6 @@ def test_a_stronger_name_wins() -> None:
 @pytest.mark.parametrize(
     ("genes", "hint"),
     [
-        ([f"ENSMUSG{number:011d}" for number in range(9)], "Ensembl ids of mouse"),
-        ([f"ENSDARG{number:011d}" for number in range(9)], "another species (ENSDAR…)"),
-        (["Old0", "Old1", "Old2", "Cd3d"], "mouse symbols"),
         (["g0", "g1", "g2"], "upper case"),
         ([str(number) for number in range(9)], "index was sent"),
         (["hg19_G0", "hg19_G1"], "prefix"),
@@ -248,9 +245,8 @@ def test_what_is_no_date(name: str) -> None:
 @pytest.mark.parametrize(
     ("genes", "hint"),
     [
-        ([f"ENSMUSG{number:011d}.{number}" for number in range(9)], "Ensembl ids of mouse"),
         ([f"GRCh38_{name}" for name in TABLE.gene_symbol], "prefix"),
-        ([f"mm10___{name}" for name in TABLE.gene_symbol], "prefix"),
+        ([f"GRCh37___{name}" for name in TABLE.gene_symbol], "prefix"),
         ([name.lower() for name in TABLE.gene_id], "upper case"),
         (["CD3_ADT", "CD4.ADT", "CD8-AB"], "antibodies"),
         (["CD3_TotalSeqC"] * 9 + ["G0"], "antibodies"),
