@@ -312,6 +312,10 @@ def fill(adata: ad.AnnData, answers: list[pa.Table], counts_source: str) -> ad.A
                 answer.obsm[field.name] = pd.DataFrame(values, index=answer.obs_names, columns=names)
             else:
                 answer.obsm[f"X_{head['model']['name']}" if field.name == "latent" else field.name] = values
+        elif pa.types.is_list(field.type):
+            # A column of obs cannot hold lists in a file.
+            joined = ["|".join(words) for words in column.to_pylist()]
+            answer.obs[field.name] = pd.Categorical(joined, categories=sorted(set(joined)))
         elif pa.types.is_dictionary(field.type):
             answer.obs[field.name] = pd.Categorical(column.to_pylist(), categories=column.dictionary.to_pylist())
         else:

@@ -6,12 +6,12 @@ import numpy as np
 import torch
 
 from service.contract import artifact
+from service.contract.annotation import LabelLevel
 from service.contract.manifest import (
     BatchPolicy,
     DataSource,
     Genes,
     Golden,
-    LabelLevel,
     Manifest,
     Modality,
     Parity,

@@ -7,6 +7,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
 
+from service.contract.annotation import Conformal, LabelLevel, LevelCalibration, UnknownDetection, check_parents
+
 SCHEMA_VERSION = 1
 
 Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
@@ -88,27 +90,6 @@ class BatchPolicy(Strict):
 
     unseen: Literal["refuse", "default"] = "refuse"
     """What a client gets who names a batch that is not in `names`: a refusal, or `decode_default` and a word of it in the answer's head."""
-
-
-class LabelLevel(Strict):
-    """One set of classes that `classify` tells apart."""
-
-    name: Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9_]{0,31}$")]
-    """The graph's output is called probabilities_<name>."""
-
-    classes: tuple[str, ...]
-    """In output order."""
-
-    ontology_ids: tuple[str | None, ...]
-    """Cell Ontology term of each class, where it has one."""
-
-    @model_validator(mode="after")
-    def _check(self) -> "LabelLevel":
-        if len(self.classes) != len(self.ontology_ids):
-            raise ValueError(f"{len(self.classes)} classes but {len(self.ontology_ids)} ontology ids")
-        if len(set(self.classes)) != len(self.classes):
-            raise ValueError("classes repeat")
-        return self
 
 
 class Modality(Strict):
@@ -203,7 +184,7 @@ class Manifest(Strict):
     licence: str
     n_latent: Annotated[int, Field(gt=0)]
     genes: Genes
-    graphs: dict[Literal["encode", "decode", "classify", "explain", "project"], Graph]
+    graphs: dict[Literal["encode", "decode", "classify", "map_score", "explain", "project"], Graph]
     batch: BatchPolicy
     labels: tuple[LabelLevel, ...] = ()
     """The first level is what `predicted_labels` answers."""
@@ -211,7 +192,11 @@ class Manifest(Strict):
     modalities: tuple[Modality, ...] = ()
     """What `decode` gives beside `expression`."""
 
-    calibration: dict[str, Any] = {}
+    calibration: dict[str, LevelCalibration] = {}
+    """What was done to the probabilities, by level; a level that is not named is as the network gives it."""
+
+    conformal: Conformal | None = None
+    unknown: UnknownDetection | None = None
     thresholds: dict[str, float] = {}
     metrics: dict[str, float] = {}
     """Figures of the evaluation of this very model, by name."""
@@ -225,6 +210,7 @@ class Manifest(Strict):
     @model_validator(mode="after")
     def _check(self) -> "Manifest":
         named = [self.genes.file, self.golden.file, *(graph.file for graph in self.graphs.values())]
+        named += [self.conformal.file] if self.conformal else []
         if missing := sorted(set(named) - set(self.files)):
             raise ValueError(f"files does not list {', '.join(missing)}")
         proven = {f"{name}/{output.name}" for name, graph in self.graphs.items() for output in graph.outputs}
@@ -250,6 +236,20 @@ class Manifest(Strict):
                 raise ValueError(
                     f"classify has no output probabilities_{level.name} of shape [n, {len(level.classes)}]"
                 )
+        check_parents(self.labels)
+        names = {level.name for level in self.labels}
+        for part, levels in (
+            ("calibration", self.calibration),
+            ("conformal", self.conformal.n_cells if self.conformal else {}),
+        ):
+            if unknown := sorted(set(levels) - names):
+                raise ValueError(f"{part} names '{unknown[0]}', which is no label level")
+        if (self.unknown is not None) != ("map_score" in self.graphs):
+            raise ValueError("unknown and the graph map_score come together")
+        if self.unknown and [(output.name, output.shape) for output in self.graphs["map_score"].outputs] != [
+            ("mapping_score", ("n",))
+        ]:
+            raise ValueError("map_score must have the one output mapping_score of shape [n]")
         return self
 
     @property

@@ -11,7 +11,8 @@ from service.cells.genes import GeneIndex, densify
 from service.contract.artifact import Artifact
 from service.contract.manifest import Manifest
 from service.errors import GoldenMismatch
-from service.inference.session import Runtime, Session
+from service.inference.conformal import PredictionSets, read_sets
+from service.inference.session import Array, Runtime, Session, padded
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,8 @@ class Model:
     sessions: dict[str, Session]
     runtime: Runtime
     card: str
+    prediction_sets: PredictionSets | None = None
+    """Of models whose calibration scores travel with them."""
 
     @property
     def id(self) -> str:
@@ -42,12 +45,13 @@ class Model:
             return np.zeros((0, self.manifest.n_latent), dtype=np.float32)
         return self._run_counts("encode", counts)["latent"]
 
-    def _run_counts(self, graph: str, counts: sp.csr_matrix) -> dict[str, NDArray[np.float32]]:
-        """Outputs of a graph that takes counts."""
+    def _run_counts(self, graph: str, counts: sp.csr_matrix, **others: Array) -> dict[str, NDArray[np.float32]]:
+        """Outputs of a graph that takes counts, and perhaps other tensors with one row per cell."""
 
-        def dense(rows: slice, n_rows: int) -> dict[str, NDArray[np.float32]]:
+        def dense(rows: slice, n_rows: int) -> dict[str, Array]:
             # Densified at the padded size into this thread's buffer, so that there is nothing left to copy or to allocate.
-            return {"counts": densify(counts, rows, _buffers.take(n_rows, counts.shape[1]))}
+            more = {name: padded(array[rows], n_rows) for name, array in others.items()}
+            return {"counts": densify(counts, rows, _buffers.take(n_rows, counts.shape[1])), **more}
 
         return self.sessions[graph].run_rows(counts.shape[0], dense)
 
@@ -86,18 +90,33 @@ class Model:
             return [policy.names.index(batch)]
         return list(range(len(policy.names))) if policy.average_index is None else [policy.average_index]
 
-    def classify(self, counts: sp.csr_matrix) -> dict[str, NDArray[np.float32]]:
+    def classify(
+        self, counts: sp.csr_matrix, latent: NDArray[np.float32] | None = None
+    ) -> dict[str, NDArray[np.float32]]:
         """Class probabilities by label level, each float32 of shape (n_cells, n_classes), of raw counts (n_cells, n_genes).
 
-        The graph says what it is a function of: the latent, or the counts themselves.
+        The graph says what it is a function of: the latent, or the counts themselves. A latent that is known need not be computed.
         """
         if not counts.shape[0]:
             return {level.name: np.zeros((0, len(level.classes)), dtype=np.float32) for level in self.manifest.labels}
-        if any(tensor.name == "counts" for tensor in self.manifest.graphs["classify"].inputs):
-            outputs = self._run_counts("classify", counts)
-        else:
-            outputs = self.sessions["classify"].run({"latent": self.encode(counts)})
+        outputs = self._run_known("classify", counts, latent)
         return {level.name: outputs[f"probabilities_{level.name}"] for level in self.manifest.labels}
+
+    def mapping_score(self, counts: sp.csr_matrix, latent: NDArray[np.float32] | None = None) -> NDArray[np.float32]:
+        """How well cells fit the reference, 0 to 1, float32 (n_cells,); for models with the graph `map_score`."""
+        if not counts.shape[0]:
+            return np.zeros(0, dtype=np.float32)
+        return self._run_known("map_score", counts, latent)["mapping_score"]
+
+    def _run_known(
+        self, graph: str, counts: sp.csr_matrix, latent: NDArray[np.float32] | None
+    ) -> dict[str, NDArray[np.float32]]:
+        """Outputs of a graph on counts, the latent, or both."""
+        inputs = {tensor.name for tensor in self.manifest.graphs[graph].inputs}  # type: ignore[index]
+        others = {"latent": self.encode(counts) if latent is None else latent} if "latent" in inputs else {}
+        if "counts" in inputs:
+            return self._run_counts(graph, counts, **others)
+        return self.sessions[graph].run(others)
 
 
 class _Buffers(threading.local):
@@ -150,4 +169,5 @@ def load(artifact: Artifact, runtime: Runtime, is_quiet: bool = False) -> Model:
         sessions=sessions,
         runtime=runtime,
         card=artifact.card,
+        prediction_sets=read_sets(artifact),
     )

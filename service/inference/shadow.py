@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from service import metrics
-from service.cells.columns import Column, Columns, Labels, Vectors, concatenate, n_cells
+from service.cells.columns import Column, Columns, LabelLists, Labels, Vectors, concatenate, n_cells
 from service.cells.formats.format import Format
 from service.contract.store import ModelId
 from service.errors import BodyTooLarge
@@ -139,6 +139,10 @@ def _difference(served: Column, shadow: Column) -> Difference | None:
             return None
         one, other = np.array(served.words)[served.codes], np.array(shadow.words)[shadow.codes]
         return one == other, None
+    if isinstance(served, LabelLists) or isinstance(shadow, LabelLists):
+        if not (isinstance(served, LabelLists) and isinstance(shadow, LabelLists)):
+            return None
+        return np.array([one == other for one, other in zip(served.lists(), shadow.lists(), strict=True)]), None
     if isinstance(served, Vectors) and isinstance(shadow, Vectors) and served.names != shadow.names:
         return None
     first, second = served.values, shadow.values

@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 import scipy.sparse as sp
 
-from service.cells.columns import Columns, Labels, Vectors
+from service.cells.columns import Columns, LabelLists, Labels, Vectors
 from service.cells.counts import Cells, csr
 from service.cells.formats.arrow_limits import check_decoded_size
 from service.cells.formats.format import Format, check_names
@@ -152,6 +152,14 @@ def _strings(words: Sequence[str]) -> pa.Array:
     return pa.StringArray.from_buffers(len(encoded), pa.py_buffer(offsets), pa.py_buffer(b"".join(encoded)))
 
 
+def _label_lists(column: LabelLists) -> pa.Array:
+    """A list<dictionary<string>> array."""
+    is_there = column.codes >= 0
+    offsets = np.concatenate(([0], np.cumsum(is_there.sum(axis=1)))).astype(np.int32)
+    words = pa.DictionaryArray.from_arrays(_arrow(column.codes[is_there]), _strings(column.words))
+    return pa.ListArray.from_arrays(_arrow(offsets), words)
+
+
 def _joined(arrays: list[np.ndarray[Any, Any]]) -> np.ndarray[Any, Any]:
     return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
 
@@ -184,6 +192,8 @@ class ArrowWriter:
             metadata = None
             if isinstance(column, Labels):
                 array = pa.DictionaryArray.from_arrays(_arrow(column.codes), _strings(column.words))
+            elif isinstance(column, LabelLists):
+                array = _label_lists(column)
             elif isinstance(column, Vectors):
                 width = column.values.shape[1]
                 array = pa.FixedSizeListArray.from_arrays(_arrow(column.values.reshape(-1)), width)

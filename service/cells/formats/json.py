@@ -7,7 +7,7 @@ import numpy as np
 import orjson
 import scipy.sparse as sp
 
-from service.cells.columns import Columns, Labels, Vectors, n_cells
+from service.cells.columns import Columns, LabelLists, Labels, Vectors, n_cells
 from service.cells.counts import Cells
 from service.cells.formats.format import Format, check_names
 from service.contract import strict_json
@@ -123,12 +123,15 @@ class JsonWriter:
             name: Vectors(np.ascontiguousarray(column.values), column.names) if isinstance(column, Vectors) else column
             for name, column in columns.items()
         }
+        lists = {name: column.lists() for name, column in columns.items() if isinstance(column, LabelLists)}
         lines = []
         for row in range(n_cells(columns)):
             cell: dict[str, Any] = {} if cell_ids is None else {"cell_id": cell_ids[row]}
             for name, column in columns.items():
                 if isinstance(column, Labels):
                     cell[name] = column.words[column.codes[row]]
+                elif isinstance(column, LabelLists):
+                    cell[name] = lists[name][row]
                 elif isinstance(column, Vectors) and column.names is not None:
                     cell[name] = dict(zip(column.names, column.values[row], strict=True))
                 else:
