@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from service.contract.manifest import Manifest
-from training.data.splits import PARTS
+from training.data.splits import CALIBRATION, PARTS
 from training.run import Run
 
 _ROWS = 4096
@@ -42,7 +42,9 @@ def write(manifest: Manifest, run: Run) -> str:
         + "\n\nData by 10x Genomics are used under CC BY 4.0 (https://creativecommons.org/licenses/by/4.0/): 10x Genomics, "
         "https://www.10xgenomics.com/datasets. Counts were restricted to common genes and, where they were published "
         "log-normalised, restored." * any("10x Genomics" in data.licence for data in manifest.provenance.data),
-        "Cells by part: " + ", ".join(f"{part} {parts.count(part):,}" for part in PARTS) + ".",
+        "Cells by part: "
+        + ", ".join(f"{part} {parts.count(part):,}" for part in PARTS if part != CALIBRATION or part in parts)
+        + ".",
     ]
     for level in manifest.labels[: len(run.config.labels)]:
         counts = run.reference.obs[level.name].value_counts()

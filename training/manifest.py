@@ -1,5 +1,6 @@
 """The manifest and the files of a run, compared with torch in float64 before anybody sees them."""
 
+import functools
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ from service.contract.manifest import (
 )
 from service.inference.session import Runtime, Session
 from training import archive, imputation, parity
+from training.calibration.graphs import complete
 from training.data import source
 from training.data.prepared import encode_cells
 from training.data.splits import TEST, VALIDATION
@@ -39,7 +41,8 @@ def build(run: Run, version: str) -> tuple[Manifest, dict[str, bytes]]:
     """
     torch.manual_seed(run.config.seed)
     inputs = held_out_inputs(run, run.config.export.n_parity)
-    graphs = run.family.graphs()
+    finish = functools.partial(complete, levels=run.config.label_levels, calibration=run.calibration)
+    graphs = finish(run.family.graphs())
     example = {name: torch.from_numpy(array[:2]) for name, array in inputs.items()}
     example["latent"] = torch.zeros(2, run.config.hyperparameters.n_latent)
     contents = {f"{name}.onnx": to_onnx(graph, example) for name, graph in graphs.items()}
@@ -47,7 +50,7 @@ def build(run: Run, version: str) -> tuple[Manifest, dict[str, bytes]]:
     sessions = {name: Session(contents[graph.file], graph, Runtime(), graph.file) for name, graph in signatures.items()}
     input_names = {name: graph.inputs for name, graph in graphs.items()}
     differences = parity.compare(
-        parity.run_sessions(sessions, input_names, inputs), parity.run_torch(run.family, inputs)
+        parity.run_sessions(sessions, input_names, inputs), parity.run_torch(run.family, inputs, finish)
     )
     golden = parity.run_sessions(sessions, input_names, golden_inputs(run))
     golden_tolerance = {
@@ -56,6 +59,9 @@ def build(run: Run, version: str) -> tuple[Manifest, dict[str, bytes]]:
         for tensor in graph.outputs
     }
     table = gene_table(run.family, run.prepared, run.config.species)
+    calibration = run.calibration
+    if calibration is not None and calibration.conformal is not None:
+        contents[calibration.conformal.file] = archive.dump(calibration.scores)
     contents |= {GENES: table.dump(), GOLDEN: archive.dump(golden), artifact.CARD: b""}
     manifest = Manifest(
         name=run.config.name,
@@ -75,6 +81,9 @@ def build(run: Run, version: str) -> tuple[Manifest, dict[str, bytes]]:
         graphs=signatures,
         batch=batch_policy(run),
         labels=label_levels(run) if "classify" in graphs else (),
+        calibration=calibration.levels if calibration else {},
+        conformal=calibration.conformal if calibration else None,
+        unknown=calibration.unknown if calibration else None,
         modalities=tuple(modality(run, found) for found in run.family.imputes),
         golden=Golden(file=GOLDEN, tolerance=golden_tolerance),
         parity=Parity(n_cells=len(inputs["counts"]), outputs=differences),
@@ -95,15 +104,11 @@ def batch_policy(run: Run) -> BatchPolicy:
 
 def label_levels(run: Run) -> tuple[LabelLevel, ...]:
     """Those of the data, and then those of the family's own."""
-    named = tuple(
-        LabelLevel(name=level.name, classes=tuple(level.classes), ontology_ids=tuple(level.classes.values()))
-        for level in run.config.labels
-    )
     own = (
         LabelLevel(name=name, classes=classes, ontology_ids=(None,) * len(classes))
         for name, classes in run.family.own_levels.items()
     )
-    return named + tuple(own)
+    return run.config.label_levels + tuple(own)
 
 
 def modality(run: Run, imputed: Imputed) -> Modality:

@@ -1,7 +1,7 @@
 """What is served beside what was trained: ONNX Runtime in float32 against torch in float64."""
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import numpy as np
 import torch
@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from service.contract.manifest import Difference
 from service.inference.session import Session
-from training.families.family import Family
+from training.families.family import Family, Graph
 
 Arrays = dict[str, NDArray[np.generic]]
 
@@ -27,14 +27,21 @@ class OutsideTolerance(Exception):
     """An exported graph gives other numbers than the network that was trained."""
 
 
-def run_torch(family: Family, inputs: Mapping[str, NDArray[np.generic]]) -> Arrays:
+def run_torch(
+    family: Family,
+    inputs: Mapping[str, NDArray[np.generic]],
+    finish: Callable[[dict[str, Graph]], dict[str, Graph]] = dict,
+) -> Arrays:
     """Every output of every graph in float64, keyed `<graph>/<tensor>`.
 
     Args:
         family: fitted; it is copied, not changed.
         inputs: counts, library and batch of the cells; the latent is what encode gives.
+        finish: makes of the family's graphs those that are exported.
     """
-    graphs = copy.deepcopy(family).double().eval().graphs()
+    graphs = finish(copy.deepcopy(family).double().eval().graphs())
+    for graph in graphs.values():
+        graph.module.double()
     tensors = {name: torch.from_numpy(np.asarray(array)) for name, array in inputs.items()}
     tensors = {name: tensor.double() if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}
     outputs: Arrays = {}

@@ -96,10 +96,12 @@ def _best(
 ) -> NDArray[np.int64]:
     """The most probable class of each cell; on a finer level the most probable child of the one before, so that labels never contradict."""
     if level.parent is None:
-        return np.argmax(probabilities, axis=1)
+        found: NDArray[np.int64] = np.argmax(probabilities, axis=1)
+        return found
     above = parent_codes(levels, level)
     is_child = above[None, :] == earlier[level.parent][:, None]
-    return np.argmax(np.where(is_child, probabilities, np.float32(-1)), axis=1)
+    child: NDArray[np.int64] = np.argmax(np.where(is_child, probabilities, np.float32(-1)), axis=1)
+    return child
 
 
 def _answers(
