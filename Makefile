@@ -44,7 +44,7 @@ TEST_IMAGE = CELLSERVE_TEST_IMAGE=$(IMAGE) CELLSERVE_TEST_ENGINE="$(ENGINE) $(EN
   CELLSERVE_TEST_RUN_OPTIONS="$(SAFE_OPTIONS) $(RUN_OPTIONS)"
 SAFE_OPTIONS = --read-only --tmpfs /tmp --cap-drop ALL --security-opt no-new-privileges
 
-.PHONY: help setup setup-serve serve train evaluate export reproduce test lint bench bento image image-gpu image-bentoml run-image test-image \
+.PHONY: help setup setup-serve serve train calibrate evaluate export reproduce test lint bench bento image image-gpu image-bentoml run-image test-image \
   bench-image bench-stages bench-servers bench-training bench-quality bench-out-of-core bench-families \
   bench-reproducibility bench-swaps docs examples lock clean
 .DEFAULT_GOAL := help
@@ -61,6 +61,9 @@ serve: $(SERVE)/.ready  ## serve models_store/ on HOST:PORT, with the CUDA build
 
 train: $(DEV)/.ready  ## fit CONFIG from the published counts into RUN
 	$(DEV)/bin/python -m training fit $(CONFIG) --output $(RUN)
+
+calibrate: $(DEV)/.ready  ## fit probabilities, prediction sets and unknown cells of RUN on cells that it was not trained on
+	$(DEV)/bin/python -m training calibrate $(RUN)
 
 evaluate: $(DEV)/.ready  ## all figures of RUN: annotation, likelihood, clusters, batches (docs/evaluate.md)
 	$(DEV)/bin/python -m training evaluate $(RUN)

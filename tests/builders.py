@@ -18,6 +18,10 @@ from service.contract.manifest import Manifest
 
 N_GENES, N_LATENT = 40, 5
 CLASSES = ("B", "T", "NK")
+SUBTYPES, PARENTS = ("B", "CD4 T", "CD8 T", "bright NK", "dim NK"), ("B", "T", "T", "NK", "NK")
+THRESHOLD = 0.4
+"""Below it the calibrated tiny model says Unknown."""
+
 OPSET = 18
 
 
@@ -42,10 +46,13 @@ def counts(n_cells: int, n_genes: int = N_GENES, seed: int = 0, density: float =
 PROTEINS = ("CD3", "CD19")
 
 
-def graphs(n_genes: int = N_GENES, seed: int = 0, has_protein: bool = False) -> dict[str, bytes]:
+def graphs(
+    n_genes: int = N_GENES, seed: int = 0, has_protein: bool = False, is_calibrated: bool = False
+) -> dict[str, bytes]:
     """encode, decode and classify as ONNX bytes: log1p, a linear layer and ReLU; softmax times library; softmax.
 
-    With `has_protein` decode also gives PROTEINS, and knows the batch 2, which is the average of 0 and 1.
+    With `has_protein` decode also gives PROTEINS, and knows the batch 2, which is the average of 0 and 1. With `is_calibrated` classify
+    divides CLASSES into SUBTYPES, and map_score is a sigmoid of the latent's sum.
     """
     random = np.random.default_rng(seed)
 
@@ -94,12 +101,30 @@ def graphs(n_genes: int = N_GENES, seed: int = 0, has_protein: bool = False) -> 
         [value("probabilities_cell_type", "n", len(CLASSES))],
         [weight("w", N_LATENT, len(CLASSES))],
     )
+    made = {"encode": encode, "decode": decode, "classify": classify}
+    if is_calibrated:
+        share = np.array([[1.0, 0.75, 0.25, 0.5, 0.5]], dtype=np.float32)
+        classify[0].append(helper.make_node("Gather", ["probabilities_cell_type", "above"], ["parent"], axis=1))
+        classify[0].append(helper.make_node("Mul", ["parent", "share"], ["probabilities_cell_subtype"]))
+        classify[2].append(value("probabilities_cell_subtype", "n", len(SUBTYPES)))
+        classify[3].append(numpy_helper.from_array(np.array([CLASSES.index(name) for name in PARENTS]), "above"))
+        classify[3].append(numpy_helper.from_array(share, "share"))
+        made["map_score"] = (
+            [
+                # Not by ReduceSum, whose bits depend on where in memory a row of five begins.
+                helper.make_node("MatMul", ["latent", "ones"], ["sum"]),
+                helper.make_node("Squeeze", ["sum", "axes"], ["flat"]),
+                helper.make_node("Sigmoid", ["flat"], ["mapping_score"]),
+            ],
+            [value("latent", "n", N_LATENT)],
+            [value("mapping_score", "n")],
+            [
+                numpy_helper.from_array(np.ones((N_LATENT, 1), dtype=np.float32), "ones"),
+                numpy_helper.from_array(np.array([1]), "axes"),
+            ],
+        )
     models = {}
-    for name, (nodes, inputs, outputs, initializers) in {
-        "encode": encode,
-        "decode": decode,
-        "classify": classify,
-    }.items():
+    for name, (nodes, inputs, outputs, initializers) in made.items():
         graph = helper.make_graph(nodes, name, inputs, outputs, initializers)
         model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=9)
         onnx.checker.check_model(model)
@@ -125,11 +150,12 @@ def parts(
     n_genes: int = N_GENES,
     seed: int = 0,
     has_protein: bool = False,
+    is_calibrated: bool = False,
     **changes: Any,
 ) -> tuple[dict[str, Any], dict[str, bytes]]:
     """The manifest as a plain document, and the contents of the files; `changes` replace members of the manifest."""
     table = gene_table(n_genes)
-    onnx_bytes = graphs(n_genes, seed, has_protein)
+    onnx_bytes = graphs(n_genes, seed, has_protein, is_calibrated)
     golden: dict[str, Any] = {"encode/counts": counts(9, n_genes, seed=1).toarray()}
     golden["encode/counts"][-1] = 0
     signature = {}
@@ -155,6 +181,7 @@ def parts(
         "golden.npz": buffer.getvalue(),
         "README.md": f"# {name}\n\nA model for tests.\n".encode(),
     }
+    more = calibrated_parts(contents) if is_calibrated else {}
     outputs = [f"{graph}/{tensor['name']}" for graph, entry in signature.items() for tensor in entry["outputs"]]
     document = {
         "schema_version": 1,
@@ -191,9 +218,69 @@ def parts(
             "hardware": {},
         },
         "files": {file: entry.model_dump() for file, entry in artifact.describe(contents).items()},
+        **more,
         **changes,
     }
     return document, contents
+
+
+def calibrated_parts(contents: dict[str, bytes]) -> dict[str, Any]:
+    """Members of the manifest of a calibrated model; its calibration scores are added to `contents`.
+
+    B has 30 scores of its own (0.00 to 0.29), T 10 and NK none, so that both share those of all.
+    """
+    scores = {
+        "cell_type/scores": np.concatenate([np.arange(30) / 100, np.arange(10) / 10]),
+        "cell_type/classes": np.repeat([0, 1], [30, 10]).astype(np.int32),
+        "cell_subtype/scores": np.linspace(0, 0.9, 10),
+        "cell_subtype/classes": np.arange(10, dtype=np.int32) % len(SUBTYPES),
+    }
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, **scores)
+    contents["reference/conformal.npz"] = buffer.getvalue()
+    reliability = {
+        "log_loss": 0.5,
+        "expected_calibration_error": 0.1,
+        "bins": [{"n_cells": 40, "confidence": 0.9, "accuracy": 0.8}],
+    }
+    level = {
+        "method": "temperature",
+        "parameters": {"weight": [1.5]},
+        "cells": "validation",
+        "n_cells": 40,
+        "candidates": {"none": 0.6, "temperature": 0.5},
+        "before": reliability,
+        "after": reliability,
+    }
+    left_out = {"name": "NK", "n_known": 9, "n_unknown": 9, "auroc": {"energy": 0.9}, "detected": 0.5, "rejected": 0.05}
+    return {
+        "labels": [
+            {"name": "cell_type", "classes": list(CLASSES), "ontology_ids": ["CL:0000236", None, "CL:0000623"]},
+            {
+                "name": "cell_subtype",
+                "classes": list(SUBTYPES),
+                "ontology_ids": [None] * len(SUBTYPES),
+                "parent": "cell_type",
+                "parents": list(PARENTS),
+            },
+        ],
+        "calibration": {"cell_type": level},
+        "conformal": {
+            "min_class": 20,
+            "n_cells": {"cell_type": 40, "cell_subtype": 10},
+            "sizes": [{"score": "lac", "level": "cell_type", "asked": 0.9, "coverage": 0.91, "mean_size": 1.2}],
+        },
+        "unknown": {
+            "score": "energy",
+            "threshold": THRESHOLD,
+            "level": "cell_type",
+            "share_of_epochs": 0.5,
+            "cells": "validation",
+            "n_cells": 40,
+            "median_auroc": {"energy": 0.9},
+            "left_out": [left_out],
+        },
+    }
 
 
 def write_artifact(root: Path, **arguments: Any) -> Path:

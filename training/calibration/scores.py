@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from training.families.family import Family, Graph
 
-N_NEIGHBOURS = 15
+N_NEIGHBOURS = 16
 N_REFERENCE = 2048
 """Cells of the reference that are kept to look for neighbours among."""
 
@@ -117,7 +117,9 @@ class Energy(Score):
 
     def forward(self, latent: Tensor) -> Tensor:
         """(n,)."""
-        return torch.logsumexp(self.classifier(latent)[0], dim=1)
+        logits = self.classifier(latent)[0]
+        largest = logits.amax(dim=1)
+        return largest + torch.log(row_sum(torch.exp(logits - largest[:, None])))
 
 
 class Reconstruction(Score):
@@ -145,14 +147,14 @@ class Reconstruction(Score):
 
     def forward(self, counts: Tensor, latent: Tensor) -> Tensor:
         """(n,)."""
-        library = counts.sum(dim=1)
+        library = row_sum(counts)
         total = torch.zeros_like(counts)
         for batch in self.batches:
             found = self.decode(latent, library, torch.zeros_like(library).long() + batch)
             total = total + (found[0] if isinstance(found, tuple) else found)
         mean = (total / len(self.batches)).clamp(min=1e-6)
         ratio = torch.log(counts.clamp(min=1e-6) / mean)
-        return -(counts * ratio - counts + mean).mean(dim=1)
+        return -row_mean(counts * ratio - counts + mean)
 
 
 class Space(nn.Module, ABC):
@@ -269,7 +271,7 @@ class Mahalanobis(DistanceScore):
 
     def score(self, points: Tensor) -> Tensor:
         """(n, n_dimensions) to (n,)."""
-        return -squared_distances(points @ self.get_buffer("whiten"), self.get_buffer("means")).amin(dim=1)
+        return (-squared_distances(points @ self.get_buffer("whiten"), self.get_buffer("means"))).amax(dim=1)
 
 
 class RelativeMahalanobis(Mahalanobis):
@@ -303,7 +305,7 @@ class Neighbours(DistanceScore):
         nearest = torch.topk(
             squared_distances(points, reference), min(N_NEIGHBOURS, len(reference)), dim=1, largest=False
         )
-        return -torch.sqrt(nearest.values.clamp(min=0.0)).mean(dim=1)
+        return -row_mean(torch.sqrt(nearest.values.clamp(min=0.0)))
 
 
 class LocalNeighbours(DistanceScore):
@@ -328,8 +330,8 @@ class LocalNeighbours(DistanceScore):
         nearest = torch.topk(
             squared_distances(points, reference), min(N_NEIGHBOURS, len(reference)), dim=1, largest=False
         )
-        distance = torch.sqrt(nearest.values.clamp(min=0.0)).mean(dim=1)
-        return -distance / self.get_buffer("usual")[nearest.indices].mean(dim=1)
+        distance = row_mean(torch.sqrt(nearest.values.clamp(min=0.0)))
+        return -distance / row_mean(self.get_buffer("usual")[nearest.indices])
 
 
 def _in_space(score: type[DistanceScore], space: type[Space]) -> type[DistanceScore]:
@@ -372,7 +374,7 @@ class Percentile(nn.Module):
     def forward(self, *known: Tensor) -> Tensor:
         """(n,), between 0 and 1."""
         score = self.score(*known)[:, None]
-        share = ((score - self.start) / self.width).clamp(0.0, 1.0).mean(dim=1)
+        share = row_mean(((score - self.start) / self.width).clamp(0.0, 1.0))
         below = torch.exp(((score[:, 0] - self.start[0]) / self.tail).clamp(-80.0, 0.0))
         return below * (self.least + (1.0 - self.least) * share)
 
@@ -391,13 +393,26 @@ def over_rows(
     return np.concatenate(found)
 
 
+def row_sum(values: Tensor) -> Tensor:
+    """Sum over the second axis, (n,).
+
+    By a product, since ONNX Runtime's ReduceSum gives a row other last bits where it begins at another place in memory.
+    """
+    return values @ torch.ones(values.shape[1], dtype=values.dtype)
+
+
+def row_mean(values: Tensor) -> Tensor:
+    """Mean over the second axis, (n,)."""
+    return row_sum(values) / values.shape[1]
+
+
 def squared_distances(points: Tensor, others: Tensor) -> Tensor:
     """(n, d) and (m, d) to (n, m); tiny ones may come out below zero."""
-    return (points**2).sum(dim=1, keepdim=True) - 2.0 * points @ others.T + (others**2).sum(dim=1)
+    return row_sum(points**2)[:, None] - 2.0 * points @ others.T + (others**2).sum(dim=1)
 
 
 def _log_normalise(counts: Tensor) -> Tensor:
-    return torch.log(counts / counts.sum(dim=1, keepdim=True).clamp(min=1.0) * 1e4 + 1.0)
+    return torch.log(counts / row_sum(counts).clamp(min=1.0)[:, None] * 1e4 + 1.0)
 
 
 def _whiten(residuals: NDArray[np.float64]) -> NDArray[np.float64]:

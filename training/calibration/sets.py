@@ -7,8 +7,8 @@ from service.contract.annotation import SetSize
 from service.inference.conformal import group_scores, others
 from training.calibration.probabilities import N_FOLDS
 
-MIN_CLASS = 50
-"""Calibration cells that a class needs for a quantile of its own; of fewer a quantile of 95 % hangs on two or three cells."""
+MIN_CLASS = 100
+"""Calibration cells that a class needs for a quantile of its own; of fewer a quantile of 95 % hangs on the last few."""
 
 COVERAGES = (0.8, 0.9, 0.95)
 RAPS_PENALTY, RAPS_FREE = 0.01, 2

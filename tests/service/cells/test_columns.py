@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from service.cells.columns import Column, Columns, Labels, Values, Vectors, concatenate, n_cells, take
+from service.cells.columns import Column, Columns, LabelLists, Labels, Values, Vectors, concatenate, n_cells, take
 
 
 def columns(size: int) -> Columns:
@@ -19,11 +19,12 @@ def columns(size: int) -> Columns:
         "latent": Vectors(random.standard_normal((size, 3)).astype(np.float32)),
         "probabilities": Vectors(random.random((size, 2)).astype(np.float32), ("no", "yes")),
         "label": Labels(random.integers(0, 2, size, dtype=np.int32), ("no", "yes")),
+        "set": LabelLists(random.integers(-1, 2, (size, 2), dtype=np.int32), ("no", "yes")),
     }
 
 
 def array(column: Column) -> np.ndarray:
-    return column.codes if isinstance(column, Labels) else column.values
+    return column.codes if isinstance(column, Labels | LabelLists) else column.values
 
 
 def assert_same(found: Columns, expected: Columns) -> None:
