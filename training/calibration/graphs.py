@@ -55,11 +55,12 @@ class Calibrated(nn.Module):
             if above is None:
                 found.append(torch.softmax(logits, dim=1))
                 continue
-            pieces = torch.split(logits[:, self.get_buffer(f"order_{i}")], self.sizes[i], dim=1)
-            shares = torch.cat([torch.softmax(piece, dim=1) for piece in pieces], dim=1)[
-                :, self.get_buffer(f"place_{i}")
-            ]
-            found.append(shares * found[above][:, self.get_buffer(f"group_{i}")])
+            # By index_select, which becomes Gather; brackets become GatherND, which is not served.
+            ordered = torch.index_select(logits, 1, self.get_buffer(f"order_{i}"))
+            pieces = torch.split(ordered, self.sizes[i], dim=1)
+            shares = torch.cat([torch.softmax(piece, dim=1) for piece in pieces], dim=1)
+            shares = torch.index_select(shares, 1, self.get_buffer(f"place_{i}"))
+            found.append(shares * torch.index_select(found[above], 1, self.get_buffer(f"group_{i}")))
         return (*found, *raw[len(found) :])
 
 

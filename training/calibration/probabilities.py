@@ -20,8 +20,8 @@ SMALLEST = 1e-30
 
 METHODS = ("none", "temperature", "vector", "dirichlet")
 N_FOLDS = 5
-PENALTY = 0.01
-"""Of squared distances from temperature scaling, beside the mean log-loss: what keeps rare classes from having a fit of their own noise."""
+PENALTY = 1.0
+"""Of squared distances from temperature scaling, beside the summed log-loss: what keeps rare classes from having a fit of their own noise."""
 
 N_STEPS = 200
 N_BINS, N_SHOWN = 15, 10
@@ -104,7 +104,7 @@ def fit_map(method: str, probabilities: Array, labels: Labels, group: NDArray[np
         whole, offset = parts()
         p = within(log_p @ whole.T + offset, of_class)[torch.arange(len(target)), target]
         penalty = ((weight * free) ** 2).sum() + (bias**2).sum()
-        return -torch.log(p.clamp(min=SMALLEST)).mean() + PENALTY * penalty / n_classes
+        return -torch.log(p.clamp(min=SMALLEST)).mean() + PENALTY * penalty / len(target)
 
     parameters = [scale] if method == "temperature" else [scale, weight, bias]
     optimizer = torch.optim.LBFGS(parameters, max_iter=N_STEPS, line_search_fn="strong_wolfe", tolerance_change=1e-12)

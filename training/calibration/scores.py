@@ -292,7 +292,7 @@ class RelativeMahalanobis(Mahalanobis):
 
 
 class Neighbours(DistanceScore):
-    """Minus the mean distance to the nearest cells of the reference (Sun et al. 2022, arXiv:2204.06507)."""
+    """Minus the root mean square distance to the nearest cells of the reference (Sun et al. 2022, arXiv:2204.06507)."""
 
     @classmethod
     def learn(cls, reference: Reference, points: NDArray[np.float32]) -> Arrays:
@@ -305,7 +305,7 @@ class Neighbours(DistanceScore):
         nearest = torch.topk(
             squared_distances(points, reference), min(N_NEIGHBOURS, len(reference)), dim=1, largest=False
         )
-        return -row_mean(torch.sqrt(nearest.values.clamp(min=0.0)))
+        return -torch.sqrt(row_mean(nearest.values).clamp(min=0.0))
 
 
 class LocalNeighbours(DistanceScore):
@@ -321,7 +321,7 @@ class LocalNeighbours(DistanceScore):
             torch.topk(squared_distances(some, kept), k, dim=1, largest=False).values[:, 1:]
             for some in kept.split(_ROWS)
         ]
-        usual = torch.sqrt(torch.cat(nearest).clamp(min=0.0)).mean(dim=1)
+        usual = torch.sqrt(torch.cat(nearest).mean(dim=1).clamp(min=0.0))
         return {"points": kept.numpy(), "usual": usual.clamp(min=1e-6).numpy()}
 
     def score(self, points: Tensor) -> Tensor:
@@ -330,8 +330,9 @@ class LocalNeighbours(DistanceScore):
         nearest = torch.topk(
             squared_distances(points, reference), min(N_NEIGHBOURS, len(reference)), dim=1, largest=False
         )
-        distance = row_mean(torch.sqrt(nearest.values.clamp(min=0.0)))
-        return -distance / row_mean(self.get_buffer("usual")[nearest.indices])
+        distance = torch.sqrt(row_mean(nearest.values).clamp(min=0.0))
+        usual = nn.functional.embedding(nearest.indices, self.get_buffer("usual")[:, None])[:, :, 0]
+        return -distance / row_mean(usual)
 
 
 def _in_space(score: type[DistanceScore], space: type[Space]) -> type[DistanceScore]:
@@ -371,9 +372,10 @@ class Percentile(nn.Module):
         self.register_buffer("start", torch.from_numpy(quantiles[:-1].copy()))
         self.register_buffer("width", torch.from_numpy(np.maximum(np.diff(quantiles), 1e-6).astype(np.float32)))
 
-    def forward(self, *known: Tensor) -> Tensor:
-        """(n,), between 0 and 1."""
-        score = self.score(*known)[:, None]
+    def forward(self, known: Tensor, latent: Tensor | None = None) -> Tensor:
+        """What the score takes, to (n,) between 0 and 1."""
+        # Spelled out, since the exporter cannot match shapes to *arguments.
+        score = (self.score(known) if latent is None else self.score(known, latent))[:, None]
         share = row_mean(((score - self.start) / self.width).clamp(0.0, 1.0))
         below = torch.exp(((score[:, 0] - self.start[0]) / self.tail).clamp(-80.0, 0.0))
         return below * (self.least + (1.0 - self.least) * share)
