@@ -76,8 +76,6 @@ def complete(
     if calibration is not None and calibration.score is not None:
         score = calibration.score.build(graphs)
         found["map_score"] = Graph(
-            Percentile(score, calibration.score.quantiles, calibration.score.tail).eval(),
-            score.inputs,
-            ("mapping_score",),
+            Percentile(score, calibration.score.quantiles).eval(), score.inputs, ("mapping_score",)
         )
     return found

@@ -18,7 +18,10 @@ N_NEIGHBOURS = 16
 N_REFERENCE = 2048
 """Cells of the reference that are kept to look for neighbours among."""
 
-N_COMPONENTS = 50
+N_COMPONENTS = 20
+MIN_STD, CLIP = 0.2, 10.0
+"""Of scaled expression, so that rare genes and single counts of them do not decide."""
+
 RIDGE = 1e-3
 """Share of the mean variance that is added to every variance."""
 
@@ -195,27 +198,34 @@ class LatentSpace(Space):
 
 
 class ExpressionSpace(Space):
-    """Principal components of ln(1 + counts per 10,000): what a network has learned to leave out is still seen here."""
+    """Principal components of scaled ln(1 + counts per median library): what a network has learned to leave out is still seen here."""
 
     inputs = ("counts",)
 
     @classmethod
     def fit(cls, reference: Reference) -> tuple[Arrays, NDArray[np.float32]]:
-        """Components of a sample of the reference."""
-        values = _log_normalise(torch.from_numpy(reference.counts[reference.sample()].toarray())).numpy()
-        n_components = min(N_COMPONENTS, *(size - 1 for size in values.shape))
-        found = PCA(n_components, svd_solver="full").fit(values.astype(np.float64))
-        arrays = {"mean": found.mean_.astype(np.float32), "components": found.components_.T.astype(np.float32).copy()}
+        """Depth, location, scale and components of a sample of the reference."""
+        counts = reference.counts[reference.sample()]
+        target = np.maximum(np.median(np.asarray(counts.sum(axis=1))), 1.0).astype(np.float32).reshape(1)
+        values = _log_normalise(torch.from_numpy(counts.toarray()), torch.from_numpy(target)).numpy()
+        arrays = {"target": target, "mean": values.mean(axis=0), "std": np.maximum(values.std(axis=0), MIN_STD)}
+        scaled = ((values - arrays["mean"]) / arrays["std"]).clip(-CLIP, CLIP).astype(np.float64)
+        found = PCA(min(N_COMPONENTS, *(size - 1 for size in values.shape)), svd_solver="full").fit(scaled)
+        arrays |= {
+            "centre": found.mean_.astype(np.float32),
+            "components": found.components_.T.astype(np.float32).copy(),
+        }
         return arrays, over_rows(cls(arrays), (reference.counts,))
 
     def __init__(self, arrays: Arrays) -> None:
         super().__init__(arrays)
-        self.register_buffer("mean", torch.from_numpy(arrays["mean"]))
-        self.register_buffer("components", torch.from_numpy(arrays["components"]))
+        for name in ("target", "mean", "std", "centre", "components"):
+            self.register_buffer(name, torch.from_numpy(arrays[name]))
 
     def forward(self, known: Tensor) -> Tensor:
         """Counts (n, n_genes) to (n, n_components)."""
-        return (_log_normalise(known) - self.mean) @ self.components
+        values = (_log_normalise(known, self.get_buffer("target")) - self.get_buffer("mean")) / self.get_buffer("std")
+        return (values.clamp(-CLIP, CLIP) - self.get_buffer("centre")) @ self.get_buffer("components")
 
 
 class DistanceScore(Score):
@@ -335,6 +345,42 @@ class LocalNeighbours(DistanceScore):
         return -distance / row_mean(usual)
 
 
+N_QUANTILES = 193
+"""Of a score, to make percentiles of."""
+
+
+class Percentile(nn.Module):
+    """A score as the share of calibration cells with a lower one: it means the same for every candidate and every model."""
+
+    def __init__(self, score: Score, quantiles: NDArray[np.float32]) -> None:
+        """Wrap a score.
+
+        Args:
+            score: any.
+            quantiles: of the calibration cells' scores, ascending, (n,). Below the lowest, what is left falls to a third for each further
+                step as large as that from the median to it, so that far differs from farther.
+        """
+        super().__init__()
+        self.score, self.inputs = score, score.inputs
+        self.least = 1.0 / len(quantiles)
+        self.tail = max(float(quantiles[len(quantiles) // 2] - quantiles[0]), 1e-6)
+        self.register_buffer("start", torch.from_numpy(quantiles[:-1].copy()))
+        self.register_buffer("width", torch.from_numpy(np.maximum(np.diff(quantiles), 1e-6).astype(np.float32)))
+
+    def forward(self, known: Tensor, latent: Tensor | None = None) -> Tensor:
+        """What the score takes, to (n,) between 0 and 1."""
+        # Spelled out, since the exporter cannot match shapes to *arguments.
+        score = (self.score(known) if latent is None else self.score(known, latent))[:, None]
+        share = row_mean(((score - self.start) / self.width).clamp(0.0, 1.0))
+        below = torch.exp(((score[:, 0] - self.start[0]) / self.tail).clamp(-40.0, 0.0))
+        return below * (self.least + (1.0 - self.least) * share)
+
+
+def quantiles_of(values: NDArray[np.float32]) -> NDArray[np.float32]:
+    """What `Percentile` takes, of a score's values for calibration cells."""
+    return np.quantile(values, np.linspace(0, 1, N_QUANTILES)).astype(np.float32)
+
+
 def _in_space(score: type[DistanceScore], space: type[Space]) -> type[DistanceScore]:
     return type(f"{space.__name__}{score.__name__}", (score,), {"space_class": space, "__doc__": score.__doc__})
 
@@ -353,32 +399,6 @@ SCORES: dict[str, type[Score]] = {
     **{f"expression_{name}": _in_space(score, ExpressionSpace) for name, score in DISTANCES.items()},
 }
 """The candidates. Adding one is a class and a line here."""
-
-
-class Percentile(nn.Module):
-    """A score as the share of calibration cells with a lower one: it means the same for every candidate and every model."""
-
-    def __init__(self, score: Score, quantiles: NDArray[np.float32], tail: float) -> None:
-        """Wrap a score.
-
-        Args:
-            score: any.
-            quantiles: of the calibration cells' scores, ascending, (n,).
-            tail: below the lowest, what is left falls to a third for each such step, so that far from differs from farther.
-        """
-        super().__init__()
-        self.score, self.tail = score, tail
-        self.least = 1.0 / len(quantiles)
-        self.register_buffer("start", torch.from_numpy(quantiles[:-1].copy()))
-        self.register_buffer("width", torch.from_numpy(np.maximum(np.diff(quantiles), 1e-6).astype(np.float32)))
-
-    def forward(self, known: Tensor, latent: Tensor | None = None) -> Tensor:
-        """What the score takes, to (n,) between 0 and 1."""
-        # Spelled out, since the exporter cannot match shapes to *arguments.
-        score = (self.score(known) if latent is None else self.score(known, latent))[:, None]
-        share = row_mean(((score - self.start) / self.width).clamp(0.0, 1.0))
-        below = torch.exp(((score[:, 0] - self.start[0]) / self.tail).clamp(-80.0, 0.0))
-        return below * (self.least + (1.0 - self.least) * share)
 
 
 def over_rows(
@@ -413,8 +433,8 @@ def squared_distances(points: Tensor, others: Tensor) -> Tensor:
     return row_sum(points**2)[:, None] - 2.0 * points @ others.T + (others**2).sum(dim=1)
 
 
-def _log_normalise(counts: Tensor) -> Tensor:
-    return torch.log(counts / row_sum(counts).clamp(min=1.0)[:, None] * 1e4 + 1.0)
+def _log_normalise(counts: Tensor, target: Tensor) -> Tensor:
+    return torch.log(counts / row_sum(counts).clamp(min=1.0)[:, None] * target + 1.0)
 
 
 def _whiten(residuals: NDArray[np.float64]) -> NDArray[np.float64]:

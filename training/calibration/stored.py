@@ -31,7 +31,6 @@ class StoredScore:
     name: str
     arrays: dict[str, NDArray[np.float32]]
     quantiles: NDArray[np.float32]
-    tail: float
 
     def build(self, graphs: Mapping[str, Graph]) -> Score:
         """The module."""
@@ -68,7 +67,7 @@ def write(directory: Path, weights: Path, found: Calibration) -> None:
         "levels": {name: level.model_dump(mode="json") for name, level in found.levels.items()},
         "conformal": found.conformal.model_dump(mode="json") if found.conformal else None,
         "unknown": found.unknown.model_dump(mode="json") if found.unknown else None,
-        "score": {"name": found.score.name, "tail": found.score.tail} if found.score else None,
+        "score": found.score.name if found.score else None,
     }
     (directory / ARRAYS).write_bytes(archive.dump(arrays))
     (directory / FIGURES).write_text(json.dumps(figures, indent=1) + "\n")
@@ -89,9 +88,8 @@ def read(directory: Path, weights: Path) -> Calibration | None:
         )
     with np.load(io.BytesIO((directory / ARRAYS).read_bytes()), allow_pickle=False) as file:
         arrays = {name: file[name] for name in file.files}
-    score = figures["score"] and StoredScore(
-        figures["score"]["name"], _below("score/", arrays), arrays["quantiles"], figures["score"]["tail"]
-    )
+    name = figures["score"]
+    score = StoredScore(name, _below("score/", arrays), arrays["quantiles"]) if name else None
     return Calibration(
         maps={
             level: Map(arrays[f"maps/{level}/weight"], arrays[f"maps/{level}/bias"])

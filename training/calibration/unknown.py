@@ -12,7 +12,7 @@ from sklearn.metrics import roc_auc_score
 
 from service.contract.annotation import LeftOut, UnknownDetection
 from training import fit as fitting
-from training.calibration.scores import SCORES, Arrays, Reference, over_rows
+from training.calibration.scores import SCORES, Arrays, Reference, over_rows, quantiles_of
 from training.calibration.stored import StoredScore
 from training.config import Config
 from training.data.prepared import Prepared, prepare
@@ -27,7 +27,6 @@ MIN_CELLS = 10
 MAX_REFERENCE = 20_000
 """Training cells that scores are fitted on, drawn at random where there are more."""
 
-N_QUANTILES = 201
 REJECTIONS = np.linspace(0.005, 0.1, 20)
 """Shares of known cells that may be called Unknown, to choose from."""
 
@@ -87,7 +86,6 @@ def learn(
     best = int(balance.argmax())
     cells = read(run, known_positions)
     fitted = candidates(run.family, run.prepared, cells.counts, run.config.seed, (chosen,))[chosen]
-    quantiles = np.quantile(fitted.known, np.linspace(0, 1, N_QUANTILES)).astype(np.float32)
     about = UnknownDetection(
         score=chosen,
         threshold=round(float(REJECTIONS[best]), 4),
@@ -108,8 +106,7 @@ def learn(
             for trial in trials
         ),
     )
-    spread = float(quantiles[N_QUANTILES // 2] - quantiles[0])
-    return about, StoredScore(chosen, fitted.arrays, quantiles, max(spread, 1e-6))
+    return about, StoredScore(chosen, fitted.arrays, quantiles_of(fitted.known))
 
 
 def without(config: Config, name: str, share_of_epochs: float) -> Config:

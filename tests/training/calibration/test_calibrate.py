@@ -22,7 +22,7 @@ from training.calibration import calibrate as calibrating
 from training.calibration import stored, unknown
 from training.calibration.calibrate import CannotCalibrate, calibrate
 from training.calibration.graphs import complete
-from training.calibration.scores import SCORES, Percentile, Reference, over_rows
+from training.calibration.scores import SCORES, Percentile, Reference, over_rows, quantiles_of
 from training.calibration.stored import Calibration, StaleCalibration, StoredScore
 from training.data.prepared import LabelsContradict
 from training.data.splits import CALIBRATION, TEST
@@ -199,8 +199,7 @@ def test_every_score_can_be_served(calibrated: tuple[run.Run, Path, Path], name:
     assert arrays is not None
     score = SCORES[name].build(graphs, arrays).eval()
     values = over_rows(score, tuple({"counts": counts, "latent": latent}[tensor] for tensor in score.inputs))
-    quantiles = np.quantile(values, np.linspace(0, 1, 193)).astype(np.float32)
-    kept = StoredScore(name, arrays, quantiles, float(values.std()))
+    kept = StoredScore(name, arrays, quantiles_of(values))
     graph = complete(graphs, made.config.label_levels, Calibration({}, {}, score=kept))["map_score"]
     cells = {"counts": counts[:9].toarray(), "latent": latent[:9]}
     example = {tensor: torch.from_numpy(array[:2]) for tensor, array in cells.items()}
@@ -226,7 +225,7 @@ def test_a_percentile_is_the_share_below() -> None:
         def forward(self, known: torch.Tensor) -> torch.Tensor:
             return known[:, 0]
 
-    percentile = Percentile(Same(), np.arange(11, dtype=np.float32), tail=5.0)  # type: ignore[arg-type]
+    percentile = Percentile(Same(), np.arange(11, dtype=np.float32))  # type: ignore[arg-type]
     found = percentile(torch.tensor([[-1000.0], [-10.0], [-5.0], [0.0], [5.0], [10.0], [99.0]])).tolist()
     assert found[3:] == pytest.approx([1 / 11, 1 / 11 + 10 / 11 / 2, 1.0, 1.0])
     assert 0 <= found[0] < found[1] < found[2] < found[3]
