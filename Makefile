@@ -45,7 +45,7 @@ TEST_IMAGE = CELLSERVE_TEST_IMAGE=$(IMAGE) CELLSERVE_TEST_ENGINE="$(ENGINE) $(EN
 SAFE_OPTIONS = --read-only --tmpfs /tmp --cap-drop ALL --security-opt no-new-privileges
 
 .PHONY: help setup setup-serve serve train calibrate evaluate export reproduce test lint bench bento image image-gpu image-bentoml run-image test-image \
-  bench-image bench-stages bench-servers bench-training bench-quality bench-out-of-core bench-families \
+  bench-image bench-stages bench-servers bench-training bench-quality bench-annotation bench-out-of-core bench-families \
   bench-reproducibility bench-swaps docs examples lock clean
 .DEFAULT_GOAL := help
 
@@ -95,6 +95,9 @@ bench-training: $(DEV)/.ready $(BENCH)/.ready  ## cells per second of a training
 
 bench-quality: $(DEV)/.ready $(BENCH)/.ready  ## accuracy and integration beside scvi-tools and plain baselines, three seeds
 	CELLSERVE_BENCH_PYTHON=$(BENCH)/bin/python $(DEV)/bin/python -m benchmarks.quality
+
+bench-annotation: $(DEV)/.ready $(BENCH)/.ready  ## annotate beside baselines, CellTypist (CELLSERVE_CELLTYPIST_PYTHON) and SCANVI, three seeds
+	CELLSERVE_BENCH_PYTHON=$(BENCH)/bin/python $(DEV)/bin/python -m benchmarks.annotation
 
 bench-out-of-core: $(DEV)/.ready  ## an epoch on a zarr of a million cells: seconds and peak memory
 	$(DEV)/bin/python -m benchmarks.out_of_core

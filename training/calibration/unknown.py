@@ -74,8 +74,8 @@ def learn(
     for name in left_out:
         show(f"training without {name}")
         known = known_positions[(labels.iloc[known_positions] != name).to_numpy()]
-        trials.append(_try(run, name, known, parts[(labels.iloc[parts] == name).to_numpy()], share_of_epochs))
-    auroc = {trial.name: _auroc(trial) for trial in trials}
+        trials.append(leave_out(run, name, known, parts[(labels.iloc[parts] == name).to_numpy()], share_of_epochs))
+    auroc = {trial.name: aurocs(trial) for trial in trials}
     shared = set.intersection(*(set(found) for found in auroc.values()))
     median = {
         score: float(np.median([found[score] for found in auroc.values()])) for score in SCORES if score in shared
@@ -126,7 +126,18 @@ def without(config: Config, name: str, share_of_epochs: float) -> Config:
     return config.model_copy(update={"labels": tuple(levels), "fit": fit})
 
 
-def _try(run: Run, name: str, known: NDArray[np.int64], unknown: NDArray[np.int64], share_of_epochs: float) -> Trial:
+def leave_out(
+    run: Run, name: str, known: NDArray[np.int64], unknown: NDArray[np.int64], share_of_epochs: float
+) -> Trial:
+    """Train without a class of the first level, and ask every score about cells that the model knows and about others.
+
+    Args:
+        run: of all classes; only its cells, split and configuration are used.
+        name: of the class.
+        known: positions of cells of other classes that are not trained on.
+        unknown: positions of cells of the class.
+        share_of_epochs: of the configuration's.
+    """
     config = without(run.config, name, share_of_epochs)
     is_gone = set(run.reference.obs_names[(run.reference.obs[config.labels[0].name].astype(str) == name).to_numpy()])
     split = Split({cell: part for cell, part in run.split.part.items() if cell not in is_gone})
@@ -170,7 +181,8 @@ def _values(graphs: Mapping[str, object], name: str, arrays: Arrays, counts: sp.
     return over_rows(module, tuple(known[tensor] for tensor in module.inputs))
 
 
-def _auroc(trial: Trial) -> dict[str, float]:
+def aurocs(trial: Trial) -> dict[str, float]:
+    """How well each score tells the cells of the class from the others; 0.5 is chance."""
     found = {}
     for score, known in trial.known.items():
         truth = np.concatenate([np.zeros(len(known)), np.ones(len(trial.unknown[score]))])
