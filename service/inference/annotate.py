@@ -77,8 +77,10 @@ def run(model: Model, counts: sp.csr_matrix, options: Options) -> Columns:
         found = _answers(level, probabilities, best[level.name], is_unknown, is_empty_cell)
         if options.top_k is not None:
             found |= _top(level, probabilities, options.top_k)
-        if options.coverage is not None and model.prediction_sets is not None:
-            codes = model.prediction_sets.codes(level.name, probabilities, options.coverage)
+        sets = model.prediction_sets
+        # A level without calibration cells, for example of clusters that the network found itself, has no sets.
+        if options.coverage is not None and sets is not None and level.name in sets.levels:
+            codes = sets.codes(level.name, probabilities, options.coverage)
             # Nothing is known of an empty cell, so nothing is excluded.
             codes[is_empty_cell] = np.arange(len(level.classes), dtype=np.int32)
             found["prediction_set"] = LabelLists(codes, level.classes)
