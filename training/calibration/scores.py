@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from training.families.family import Family, Graph
 
 N_NEIGHBOURS = 16
-N_REFERENCE = 2048
+N_REFERENCE = 8192
 """Cells of the reference that are kept to look for neighbours among."""
 
 N_COMPONENTS = 20
@@ -198,15 +198,15 @@ class LatentSpace(Space):
 
 
 class ExpressionSpace(Space):
-    """Principal components of scaled ln(1 + counts per median library): what a network has learned to leave out is still seen here."""
+    """Principal components of scaled ln(1 + counts per the run's target_sum): what a network has learned to leave out is still seen here."""
 
     inputs = ("counts",)
 
     @classmethod
     def fit(cls, reference: Reference) -> tuple[Arrays, NDArray[np.float32]]:
-        """Depth, location, scale and components of a sample of the reference."""
+        """Location, scale and components of a sample of the reference."""
         counts = reference.counts[reference.sample()]
-        target = np.maximum(np.median(np.asarray(counts.sum(axis=1))), 1.0).astype(np.float32).reshape(1)
+        target = np.array([reference.family.hyperparameters.target_sum], dtype=np.float32)
         values = _log_normalise(torch.from_numpy(counts.toarray()), torch.from_numpy(target)).numpy()
         arrays = {"target": target, "mean": values.mean(axis=0), "std": np.maximum(values.std(axis=0), MIN_STD)}
         scaled = ((values - arrays["mean"]) / arrays["std"]).clip(-CLIP, CLIP).astype(np.float64)
