@@ -44,8 +44,8 @@ TEST_IMAGE = CELLSERVE_TEST_IMAGE=$(IMAGE) CELLSERVE_TEST_ENGINE="$(ENGINE) $(EN
   CELLSERVE_TEST_RUN_OPTIONS="$(SAFE_OPTIONS) $(RUN_OPTIONS)"
 SAFE_OPTIONS = --read-only --tmpfs /tmp --cap-drop ALL --security-opt no-new-privileges
 
-.PHONY: help setup setup-serve serve train evaluate export reproduce test lint bench bento image image-gpu image-bentoml run-image test-image \
-  bench-image bench-stages bench-servers bench-cold-start bench-overload bench-stream bench-training bench-quality \
+.PHONY: help setup setup-serve serve train calibrate evaluate export reproduce test lint bench bento image image-gpu image-bentoml run-image test-image \
+  bench-image bench-stages bench-servers bench-cold-start bench-overload bench-stream bench-training bench-quality bench-annotation \
   bench-out-of-core bench-families bench-reproducibility bench-swaps docs examples lock clean
 .DEFAULT_GOAL := help
 
@@ -61,6 +61,9 @@ serve: $(SERVE)/.ready  ## serve models_store/ on HOST:PORT, with the CUDA build
 
 train: $(DEV)/.ready  ## fit CONFIG from the published counts into RUN
 	$(DEV)/bin/python -m training fit $(CONFIG) --output $(RUN)
+
+calibrate: $(DEV)/.ready  ## fit probabilities, prediction sets and unknown cells of RUN on cells that it was not trained on
+	$(DEV)/bin/python -m training calibrate $(RUN)
 
 evaluate: $(DEV)/.ready  ## all figures of RUN: annotation, likelihood, clusters, batches (docs/evaluate.md)
 	$(DEV)/bin/python -m training evaluate $(RUN)
@@ -92,6 +95,9 @@ bench-training: $(DEV)/.ready $(BENCH)/.ready  ## cells per second of a training
 
 bench-quality: $(DEV)/.ready $(BENCH)/.ready  ## accuracy and integration beside scvi-tools and plain baselines, three seeds
 	CELLSERVE_BENCH_PYTHON=$(BENCH)/bin/python $(DEV)/bin/python -m benchmarks.quality
+
+bench-annotation: $(DEV)/.ready $(BENCH)/.ready  ## annotate beside baselines, CellTypist (CELLSERVE_CELLTYPIST_PYTHON) and SCANVI, three seeds
+	CELLSERVE_BENCH_PYTHON=$(BENCH)/bin/python $(DEV)/bin/python -m benchmarks.annotation
 
 bench-out-of-core: $(DEV)/.ready  ## an epoch on a zarr of a million cells: seconds and peak memory
 	$(DEV)/bin/python -m benchmarks.out_of_core

@@ -3,6 +3,7 @@
 Arguments: cells.h5ad answers.npz mode seed n_threads. `obs` has batch, label and part ("reference" or "query"). Modes:
 
     scarches    SCVI and SCANVI on the reference, then SCANVI.load_query_data on the query: the settings of scvi-tools' own tutorial
+    soft        the same, with the probability of every class: arrays `probabilities` (n_query, n_classes) and `classes`
     joint       SCVI on all cells; SCANVI from it with the query's labels hidden, and SCANVI from it with all labels
 
 Every model is trained for the epochs that scvi-tools chooses, SCVI with its early stopping. Answers: arrays (n_cells, n_latent) called
@@ -37,8 +38,8 @@ def supervised(model: scvi.model.SCVI, adata: ad.AnnData, labels: str) -> scvi.m
     return made
 
 
-def scarches(adata: ad.AnnData) -> dict[str, np.ndarray]:
-    """Map the query onto a model of the reference."""
+def mapped(adata: ad.AnnData) -> scvi.model.SCANVI:
+    """The query mapped onto a model of the reference."""
     reference = adata[adata.obs["part"] == "reference"].copy()
     query = adata[adata.obs["part"] == "query"].copy()
     scvi.model.SCVI.setup_anndata(reference, batch_key="batch")
@@ -46,9 +47,20 @@ def scarches(adata: ad.AnnData) -> dict[str, np.ndarray]:
     base.train(early_stopping=True, **QUIET)
     model = supervised(base, reference, "label")
     query.obs["label"] = HIDDEN
-    mapped = scvi.model.SCANVI.load_query_data(query, model)
-    mapped.train(max_epochs=100, plan_kwargs={"weight_decay": 0.0}, **QUIET)
-    return {"labels": mapped.predict().astype(str)}
+    found = scvi.model.SCANVI.load_query_data(query, model)
+    found.train(max_epochs=100, plan_kwargs={"weight_decay": 0.0}, **QUIET)
+    return found
+
+
+def scarches(adata: ad.AnnData) -> dict[str, np.ndarray]:
+    """Labels of the query."""
+    return {"labels": mapped(adata).predict().astype(str)}
+
+
+def soft(adata: ad.AnnData) -> dict[str, np.ndarray]:
+    """Probabilities of the query's classes."""
+    found = mapped(adata).predict(soft=True)
+    return {"probabilities": found.to_numpy(), "classes": found.columns.to_numpy().astype(str)}
 
 
 def joint(adata: ad.AnnData) -> dict[str, np.ndarray]:
@@ -72,7 +84,7 @@ def main(path: str, output: str, mode: str, seed: str, n_threads: str) -> None:
     started = time.perf_counter()
     scvi.settings.num_threads = int(n_threads)
     scvi.settings.seed = int(seed)
-    np.savez(output, **{"scarches": scarches, "joint": joint}[mode](ad.read_h5ad(path)))
+    np.savez(output, **{"scarches": scarches, "soft": soft, "joint": joint}[mode](ad.read_h5ad(path)))
     print(f"{mode} {seed}: {time.perf_counter() - started:.0f} s", flush=True)
 
 

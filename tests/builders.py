@@ -19,6 +19,10 @@ from service.contract.reference_cells import dump_cells
 
 N_GENES, N_LATENT = 40, 5
 CLASSES = ("B", "T", "NK")
+SUBTYPES, PARENTS = ("B", "CD4 T", "CD8 T", "bright NK", "dim NK"), ("B", "T", "T", "NK", "NK")
+THRESHOLD = 0.4
+"""Below it the calibrated tiny model says Unknown."""
+
 OPSET = 18
 
 
@@ -64,14 +68,19 @@ PROTEINS = ("CD3", "CD19")
 
 
 def graphs(
-    n_genes: int = N_GENES, seed: int = 0, has_protein: bool = False, has_steps: bool = False
+    n_genes: int = N_GENES,
+    seed: int = 0,
+    has_protein: bool = False,
+    has_steps: bool = False,
+    is_calibrated: bool = False,
 ) -> dict[str, bytes]:
     """encode, decode, classify and project as ONNX bytes: log1p, a linear layer and ReLU; softmax times library; softmax; linear.
 
     The variance of decode is that of Poisson counts, mean for mean.
 
     With `has_protein` decode also gives PROTEINS, and knows the batch 2, which is the average of 0 and 1. With `has_steps` there are also
-    transform and encode_values, the logarithm of single counts and what encode does after it.
+    transform and encode_values, the logarithm of single counts and what encode does after it. With `is_calibrated` classify divides CLASSES
+    into SUBTYPES, and map_score is a sigmoid of the latent's sum.
     """
     random = np.random.default_rng(seed)
 
@@ -141,6 +150,27 @@ def graphs(
             encode[2],
             encode[3][1:],
         )
+    if is_calibrated:
+        share = np.array([[1.0, 0.75, 0.25, 0.5, 0.5]], dtype=np.float32)
+        classify[0].append(helper.make_node("Gather", ["probabilities_cell_type", "above"], ["parent"], axis=1))
+        classify[0].append(helper.make_node("Mul", ["parent", "share"], ["probabilities_cell_subtype"]))
+        classify[2].append(value("probabilities_cell_subtype", "n", len(SUBTYPES)))
+        classify[3].append(numpy_helper.from_array(np.array([CLASSES.index(name) for name in PARENTS]), "above"))
+        classify[3].append(numpy_helper.from_array(share, "share"))
+        made["map_score"] = (
+            [
+                # Not by ReduceSum, whose bits depend on where in memory a row of five begins.
+                helper.make_node("MatMul", ["latent", "ones"], ["sum"]),
+                helper.make_node("Squeeze", ["sum", "axes"], ["flat"]),
+                helper.make_node("Sigmoid", ["flat"], ["mapping_score"]),
+            ],
+            [value("latent", "n", N_LATENT)],
+            [value("mapping_score", "n")],
+            [
+                numpy_helper.from_array(np.ones((N_LATENT, 1), dtype=np.float32), "ones"),
+                numpy_helper.from_array(np.array([1]), "axes"),
+            ],
+        )
     models = {}
     for name, (nodes, inputs, outputs, initializers) in made.items():
         graph = helper.make_graph(nodes, name, inputs, outputs, initializers)
@@ -170,6 +200,7 @@ def parts(
     has_protein: bool = False,
     has_steps: bool = False,
     has_reference: bool = True,
+    is_calibrated: bool = False,
     **changes: Any,
 ) -> tuple[dict[str, Any], dict[str, bytes]]:
     """The manifest as a plain document, and the contents of the files; `changes` replace members of the manifest.
@@ -177,7 +208,7 @@ def parts(
     Without a reference the model lacks what came with it: the reference cells, project, and the variance of decode.
     """
     table = gene_table(n_genes)
-    onnx_bytes = graphs(n_genes, seed, has_protein, has_steps)
+    onnx_bytes = graphs(n_genes, seed, has_protein, has_steps, is_calibrated)
     if not has_reference:
         del onnx_bytes["project"]
         decode = onnx.load_from_string(onnx_bytes["decode"])
@@ -194,7 +225,7 @@ def parts(
         session = ort.InferenceSession(content, providers=["CPUExecutionProvider"])
         if graph == "decode":
             golden |= {"decode/library": golden["encode/counts"].sum(axis=1), "decode/batch": np.arange(9) % 2}
-        if graph in ("decode", "classify"):
+        if "latent" in {info.name for info in session.get_inputs()}:
             golden[f"{graph}/latent"] = golden["encode/latent"]
         inputs = {info.name: golden[f"{graph}/{info.name}"] for info in session.get_inputs()}
         for info, output in zip(session.get_outputs(), session.run(None, inputs), strict=True):
@@ -216,6 +247,7 @@ def parts(
     if has_reference:
         reference, files = reference_cells(onnx_bytes["encode"], n_genes)
         contents |= files
+    more = calibrated_parts(contents) if is_calibrated else {}
     outputs = [f"{graph}/{tensor['name']}" for graph, entry in signature.items() for tensor in entry["outputs"]]
     document = {
         "schema_version": 1,
@@ -253,6 +285,7 @@ def parts(
             "hardware": {},
         },
         "files": {file: entry.model_dump() for file, entry in artifact.describe(contents).items()},
+        **more,
         **changes,
     }
     return document, contents
@@ -286,6 +319,65 @@ def reference_cells(encode: bytes, n_genes: int) -> tuple[dict[str, Any], dict[s
         "n_training_cells": N_REFERENCE,
         "vote": {"n_neighbours": 7, "weighting": "distance", "answers": {"cell_type": "classifier"}},
     }, files
+
+
+def calibrated_parts(contents: dict[str, bytes]) -> dict[str, Any]:
+    """Members of the manifest of a calibrated model; its calibration scores are added to `contents`.
+
+    B has 30 scores of its own (0.00 to 0.29), T 10 and NK none, so that both share those of all.
+    """
+    scores = {
+        "cell_type/scores": np.concatenate([np.arange(30) / 100, np.arange(10) / 10]),
+        "cell_type/classes": np.repeat([0, 1], [30, 10]).astype(np.int32),
+        "cell_subtype/scores": np.linspace(0, 0.9, 10),
+        "cell_subtype/classes": np.arange(10, dtype=np.int32) % len(SUBTYPES),
+    }
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, **scores)
+    contents["reference/conformal.npz"] = buffer.getvalue()
+    reliability = {
+        "log_loss": 0.5,
+        "expected_calibration_error": 0.1,
+        "bins": [{"n_cells": 40, "confidence": 0.9, "accuracy": 0.8}],
+    }
+    level = {
+        "method": "temperature",
+        "parameters": {"weight": [1.5]},
+        "cells": "validation",
+        "n_cells": 40,
+        "candidates": {"none": 0.6, "temperature": 0.5},
+        "before": reliability,
+        "after": reliability,
+    }
+    left_out = {"name": "NK", "n_known": 9, "n_unknown": 9, "auroc": {"energy": 0.9}, "detected": 0.5, "rejected": 0.05}
+    return {
+        "labels": [
+            {"name": "cell_type", "classes": list(CLASSES), "ontology_ids": ["CL:0000236", None, "CL:0000623"]},
+            {
+                "name": "cell_subtype",
+                "classes": list(SUBTYPES),
+                "ontology_ids": [None] * len(SUBTYPES),
+                "parent": "cell_type",
+                "parents": list(PARENTS),
+            },
+        ],
+        "calibration": {"cell_type": level},
+        "conformal": {
+            "min_class": 20,
+            "n_cells": {"cell_type": 40, "cell_subtype": 10},
+            "sizes": [{"score": "lac", "level": "cell_type", "asked": 0.9, "coverage": 0.91, "mean_size": 1.2}],
+        },
+        "unknown": {
+            "score": "energy",
+            "threshold": THRESHOLD,
+            "level": "cell_type",
+            "share_of_epochs": 0.5,
+            "cells": "validation",
+            "n_cells": 40,
+            "median_auroc": {"energy": 0.9},
+            "left_out": [left_out],
+        },
+    }
 
 
 def write_artifact(root: Path, **arguments: Any) -> Path:

@@ -48,6 +48,20 @@ def tiny(tiny_path: Path) -> Model:
     return load(artifact.read(tiny_path / "tiny/1"), Runtime())
 
 
+@pytest.fixture(scope="session")
+def calibrated_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The store of one tiny model with levels, calibration scores and a mapping score."""
+    root = tmp_path_factory.mktemp("calibrated")
+    write_artifact(root, is_calibrated=True)
+    return root
+
+
+@pytest.fixture(scope="session")
+def calibrated(calibrated_path: Path) -> Model:
+    """That model, loaded."""
+    return load(artifact.read(calibrated_path / "tiny/1"), Runtime())
+
+
 @asynccontextmanager
 async def serving(store: Path, is_loaded: bool = True, **changes: Any) -> AsyncIterator[httpx.AsyncClient]:
     """A client of the application over a store; `changes` replace numbers of Batcher, Intake and State."""

@@ -7,12 +7,17 @@ import torch
 
 from service.contract.manifest import Manifest
 from training import missing_genes, reference_card
-from training.data.splits import PARTS
+from training.calibration import card as calibration
+from training.data.splits import CALIBRATION, PARTS
 from training.run import Run
 
 _ROWS = 4096
 _NOT_MEDICAL = "Not a medical device. Its answers must not guide the care of patients."
 _OF_LABELS = "Cells of a type that it was not trained on get the nearest of its classes. Look at `conf_score`, and at marker genes."
+_OF_UNKNOWN = (
+    "Cells of a type that it was not trained on are `Unknown` only as often as the table of unknown cells says; a subtype of a class that it "
+    "knows is usually taken for that class. Look at `mapping_score`, and at marker genes."
+)
 
 
 def write(manifest: Manifest, run: Run) -> str:
@@ -43,7 +48,9 @@ def write(manifest: Manifest, run: Run) -> str:
         + "\n\nData by 10x Genomics are used under CC BY 4.0 (https://creativecommons.org/licenses/by/4.0/): 10x Genomics, "
         "https://www.10xgenomics.com/datasets. Counts were restricted to common genes and, where they were published "
         "log-normalised, restored." * any("10x Genomics" in data.licence for data in manifest.provenance.data),
-        "Cells by part: " + ", ".join(f"{part} {parts.count(part):,}" for part in PARTS) + ".",
+        "Cells by part: "
+        + ", ".join(f"{part} {parts.count(part):,}" for part in PARTS if part != CALIBRATION or part in parts)
+        + ".",
     ]
     for level in manifest.labels[: len(run.config.labels)]:
         counts = run.reference.obs[level.name].value_counts()
@@ -54,6 +61,7 @@ def write(manifest: Manifest, run: Run) -> str:
         sections.append(f"## Labels: {level.name}\n\n" + _table(("class", "Cell Ontology", "cells"), rows))
     for level, classes in run.family.own_levels.items():
         sections.append(f"## Labels: {level}\n\n" + _own_level(run, level, classes))
+    sections += calibration.sections(manifest)
     for modality in manifest.modalities:
         rows = [
             (name, f"{modality.quality[name]:.3f}" if name in modality.quality else "") for name in modality.features
@@ -125,7 +133,8 @@ def _intended_use(manifest: Manifest) -> str:
 
 
 def _limits(manifest: Manifest, run: Run) -> str:
-    limits = [*([_OF_LABELS] if manifest.labels else []), *run.config.limits, _NOT_MEDICAL]
+    of_labels = _OF_UNKNOWN if manifest.unknown else _OF_LABELS
+    limits = [*([of_labels] if manifest.labels else []), *run.config.limits, _NOT_MEDICAL]
     return "\n".join(f"- {limit}" for limit in limits)
 
 

@@ -1,5 +1,6 @@
 """`python -m training`: data sets, fit, evaluate, export, reproduce."""
 
+import dataclasses
 import sys
 import tempfile
 import warnings
@@ -17,6 +18,8 @@ from training import config as configuration
 from training import export as exporting
 from training import fit as fitting
 from training import loggers, parity, run, start, transfer, transfer_cli
+from training.calibration import command as calibrating
+from training.calibration.calibrate import calibrate
 from training.data import errors as data_errors
 from training.data import reference, registry
 from training.data.readers import pbmc3k
@@ -33,6 +36,7 @@ console = Console()
 
 USER_ERRORS = (
     CellserveError,
+    *calibrating.USER_ERRORS,
     *importing.USER_ERRORS,
     *data_errors.USER_ERRORS,
     *evaluation.USER_ERRORS,
@@ -132,6 +136,11 @@ def reproduce(config: ConfigPath, store: StorePath = Path("models_store"), setti
     shipped = artifact.read_manifest(Store(store).path(Store(store).resolve(wanted.name)))
     with tempfile.TemporaryDirectory() as scratch:
         made = run.fit(wanted, Path(scratch) / "run")
+        if shipped.calibration:
+            found = calibrate(
+                made, shipped.unknown.share_of_epochs if shipped.unknown else 1.0, shipped.unknown is not None
+            )
+            made = dataclasses.replace(made, calibration=found)
         again = artifact.read_manifest(exporting.export(made, Path(scratch) / "store"))
     table = Table("graph", f"sha256 in {shipped.id}", "sha256 again", "same")
     # What an export writes today and did not write then says nothing about the version.
@@ -152,6 +161,7 @@ def reproduce(config: ConfigPath, store: StorePath = Path("models_store"), setti
 
 
 transfer_cli.register(app)
+calibrating.register(app)
 evaluation.register(app)
 watching.register(app)
 

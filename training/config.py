@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from service.contract.annotation import LabelLevel, check_parents
 from training.data.features import BY_NAME, RULES
 from training.data.splits import HELD_OUT, METHODS
 from training.families import FAMILIES
@@ -38,6 +39,23 @@ class Level(Strict):
 
     classes: dict[str, str | None]
     """Class → Cell Ontology id, in output order. Cells of other classes are trained on without a label."""
+
+    values: dict[str, str] = {}
+    """What the column says → class, where the classes are called otherwise; what is not named here is taken as it is."""
+
+    parent: str | None = None
+    """An earlier level that this one divides further. Its probabilities are then the sums of those of the classes below."""
+
+    parents: dict[str, str] = {}
+    """With `parent`: class → class of that level. Each class of that level needs one below it, which may be called the same."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "Level":
+        if set(self.parents) != (set(self.classes) if self.parent else set()):
+            raise ValueError(f"level '{self.name}': parents must name every class, and belong to a parent level")
+        if unknown := sorted(set(self.values.values()) - set(self.classes)):
+            raise ValueError(f"level '{self.name}': values name '{unknown[0]}', which is none of its classes")
+        return self
 
 
 class DataFile(Strict):
@@ -139,14 +157,21 @@ class Splits(Strict):
     validation: Share = 0.1
     """Of all cells; they decide when to stop and which epoch is kept."""
 
+    calibration: Annotated[float, Field(ge=0, lt=1)] | tuple[str, ...] = 0.0
+    """Cells that probabilities, prediction sets and the threshold of unknown cells are fitted on: a share of all, or, with the method
+    held_out, names of data sets or of batches, which are then neither trained nor tested on. 0: the validation cells serve for it."""
+
     @model_validator(mode="after")
     def _check(self) -> "Splits":
         if self.method not in METHODS:
             raise ValueError(f"method '{self.method}' is not one of {', '.join(METHODS)}")
         if bool(self.held_out) != (self.method == HELD_OUT):
             raise ValueError(f"held_out belongs to the method '{HELD_OUT}', and it needs it")
-        if self.test + self.validation >= 1:
-            raise ValueError("test and validation leave no cell to train on")
+        if isinstance(self.calibration, tuple) and self.method != HELD_OUT:
+            raise ValueError(f"names in calibration belong to the method '{HELD_OUT}'")
+        share = 0.0 if isinstance(self.calibration, tuple) else self.calibration
+        if self.test + self.validation + share >= 1:
+            raise ValueError("test, validation and calibration leave no cell to train on")
         return self
 
 
@@ -306,6 +331,7 @@ class Config(Strict):
         if self.family not in FAMILIES:
             raise ValueError(f"family '{self.family}' is not one of {', '.join(FAMILIES)}")
         FAMILIES[self.family].defaults.model_validate(self.model)
+        check_parents(self.label_levels)
         if repeated := [name for name in self.datasets if self.datasets.count(name) > 1]:
             raise ValueError(f"two data sets are called '{repeated[0]}'")
         if self.start and any(isinstance(d, DataFile) and d.backed for d in self.data):
@@ -320,6 +346,20 @@ class Config(Strict):
     def datasets(self) -> tuple[str, ...]:
         """Names of the data sets."""
         return tuple(source if isinstance(source, str) else source.name for source in self.data)
+
+    @property
+    def label_levels(self) -> tuple[LabelLevel, ...]:
+        """The label levels as a manifest names them."""
+        return tuple(
+            LabelLevel(
+                name=level.name,
+                classes=tuple(level.classes),
+                ontology_ids=tuple(level.classes.values()),
+                parent=level.parent,
+                parents=tuple(level.parents[name] for name in level.classes) if level.parent else (),
+            )
+            for level in self.labels
+        )
 
     @property
     def hyperparameters(self) -> Any:

@@ -6,12 +6,12 @@ import numpy as np
 import torch
 
 from service.contract import ambiguous_names, artifact
+from service.contract.annotation import LabelLevel
 from service.contract.manifest import (
     BatchPolicy,
     DataSource,
     Genes,
     Golden,
-    LabelLevel,
     Manifest,
     Modality,
     Parity,
@@ -19,6 +19,7 @@ from service.contract.manifest import (
 )
 from service.inference.session import Runtime, Session
 from training import archive, imputation, missing_genes, parity, reference_space
+from training.calibration.graphs import complete
 from training.data import source
 from training.data.prepared import encode_cells
 from training.data.splits import TEST, VALIDATION
@@ -56,6 +57,7 @@ def build(
     torch.manual_seed(run.config.seed)
     inputs = with_values(run.family, held_out_inputs(run, run.config.export.n_parity))
     graphs = exported_graphs(run.family, run.config.export.spread)
+    graphs = complete(graphs, run.config.label_levels, run.calibration)
     example = {name: torch.from_numpy(array[:2]) for name, array in inputs.items()}
     example["latent"] = torch.zeros(2, run.config.hyperparameters.n_latent)
     contents = {f"{name}.onnx": to_onnx(graph, example) for name, graph in graphs.items()}
@@ -90,6 +92,9 @@ def build(
         for tensor in graph.outputs
     }
     table, ambiguous = gene_table(run.family, run.prepared, run.config.species)
+    calibration = run.calibration
+    if calibration is not None and calibration.conformal is not None:
+        contents[calibration.conformal.file] = archive.dump(calibration.scores)
     contents |= {GENES: table.dump(), GOLDEN: archive.dump(golden), artifact.CARD: b""}
     contents |= {AMBIGUOUS: ambiguous_names.dump(ambiguous)} if ambiguous else {}
     contents |= space.contents if space is not None else {}
@@ -113,6 +118,9 @@ def build(
         graphs=signatures,
         batch=batch_policy(run),
         labels=levels,
+        calibration=calibration.levels if calibration else {},
+        conformal=calibration.conformal if calibration else None,
+        unknown=calibration.unknown if calibration else None,
         modalities=tuple(modality(run, found) for found in run.family.imputes),
         missing_genes=missing_genes.measure(
             run,
@@ -145,15 +153,11 @@ def batch_policy(run: Run) -> BatchPolicy:
 
 def label_levels(run: Run) -> tuple[LabelLevel, ...]:
     """Those of the data, and then those of the family's own."""
-    named = tuple(
-        LabelLevel(name=level.name, classes=tuple(level.classes), ontology_ids=tuple(level.classes.values()))
-        for level in run.config.labels
-    )
     own = (
         LabelLevel(name=name, classes=classes, ontology_ids=(None,) * len(classes))
         for name, classes in run.family.own_levels.items()
     )
-    return named + tuple(own)
+    return run.config.label_levels + tuple(own)
 
 
 def modality(run: Run, imputed: Imputed) -> Modality:

@@ -22,6 +22,8 @@ from anndata import AnnData
 from training import archive, loggers, start
 from training import config as configuration
 from training import fit as fitting
+from training.calibration import stored
+from training.calibration.stored import Calibration
 from training.config import Config
 from training.data import source
 from training.data.prepared import Prepared, add_labels, prepare, split_reference
@@ -57,6 +59,8 @@ class Run:
     prepared: Prepared
     family: Family
     provenance: dict[str, Any]
+    calibration: Calibration | None = None
+    """What `calibrate` found, if it was run."""
 
     @property
     def test_cells(self) -> AnnData:
@@ -116,6 +120,7 @@ def fit(config: Config, directory: Path, resume: bool = False, show_progress: bo
     }
     weights = {name: tensor.numpy() for name, tensor in fitted.family.state_dict().items()}
     (directory / WEIGHTS).write_bytes(archive.dump(weights))
+    (directory / stored.FIGURES).unlink(missing_ok=True)  # it was of other weights
     (directory / PROVENANCE).write_text(json.dumps(provenance, indent=1) + "\n")
     if problem is not None:
         raise problem
@@ -127,6 +132,7 @@ def load(directory: Path) -> Run:
 
     Raises:
         NotARun: a file is missing.
+        StaleCalibration: it was calibrated with other weights.
     """
     if missing := [name for name in (CONFIG, SPLIT, GENES, WEIGHTS, PROVENANCE) if not (directory / name).is_file()]:
         raise NotARun(
@@ -145,7 +151,8 @@ def load(directory: Path) -> Run:
     with np.load(io.BytesIO((directory / WEIGHTS).read_bytes()), allow_pickle=False) as arrays:
         family.load_state_dict({name: torch.from_numpy(arrays[name]) for name in arrays.files})
     provenance = json.loads((directory / PROVENANCE).read_text())
-    return Run(config, reference, split, prepared, family.eval(), provenance)
+    calibration = stored.read(directory, directory / WEIGHTS)
+    return Run(config, reference, split, prepared, family.eval(), provenance, calibration)
 
 
 def _unlogged(config: Config) -> Config:

@@ -163,6 +163,9 @@ def integration(one: Run, other: Run) -> Config:
                 classes=level.classes,
                 column=level.column or level.name,
                 data=level.data or found.config.datasets,
+                values=level.values,
+                parent=f"{level.parent}_{i}" if level.parent in taken else level.parent,
+                parents=level.parents,
             )
             levels.append(own.model_dump())
     known = one.config.datasets

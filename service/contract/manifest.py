@@ -7,6 +7,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
 
+from service.contract.annotation import Conformal, LabelLevel, LevelCalibration, UnknownDetection, check_parents
+
 SCHEMA_VERSION = 1
 MAX_NEIGHBOURS = 100
 """Reference cells that a client may ask for, and that may vote."""
@@ -132,27 +134,6 @@ class BatchPolicy(Strict):
 
     unseen: Literal["refuse", "default"] = "refuse"
     """What a client gets who names a batch that is not in `names`: a refusal, or `decode_default` and a word of it in the answer's head."""
-
-
-class LabelLevel(Strict):
-    """One set of classes that `classify` tells apart."""
-
-    name: Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9_]{0,31}$")]
-    """The graph's output is called probabilities_<name>."""
-
-    classes: tuple[str, ...]
-    """In output order."""
-
-    ontology_ids: tuple[str | None, ...]
-    """Cell Ontology term of each class, where it has one."""
-
-    @model_validator(mode="after")
-    def _check(self) -> "LabelLevel":
-        if len(self.classes) != len(self.ontology_ids):
-            raise ValueError(f"{len(self.classes)} classes but {len(self.ontology_ids)} ontology ids")
-        if len(set(self.classes)) != len(self.classes):
-            raise ValueError("classes repeat")
-        return self
 
 
 class Modality(Strict):
@@ -333,7 +314,9 @@ class Manifest(Strict):
     licence: str
     n_latent: Annotated[int, Field(gt=0)]
     genes: Genes
-    graphs: dict[Literal["encode", "decode", "classify", "explain", "project", "transform", "encode_values"], Graph]
+    graphs: dict[
+        Literal["encode", "decode", "classify", "map_score", "explain", "project", "transform", "encode_values"], Graph
+    ]
     """`transform` and `encode_values` are `encode` in two steps, the first of single counts: 0 becomes 0, so that it is run for the counts
     that are not zero, and `encode_values` on the matrix of what they become."""
     batch: BatchPolicy
@@ -352,7 +335,11 @@ class Manifest(Strict):
     reference: Reference | None = None
     """None: the model does not offer map."""
 
-    calibration: dict[str, Any] = {}
+    calibration: dict[str, LevelCalibration] = {}
+    """What was done to the probabilities, by level; a level that is not named is as the network gives it."""
+
+    conformal: Conformal | None = None
+    unknown: UnknownDetection | None = None
     thresholds: dict[str, float] = {}
     metrics: dict[str, float] = {}
     """Figures of the evaluation of this very model, by name."""
@@ -369,6 +356,7 @@ class Manifest(Strict):
         if self.reference is not None:
             named += [self.reference.latent, self.reference.cells, *filter(None, [self.reference.umap])]
         named += [self.genes.ambiguous_names] if self.genes.ambiguous_names else []
+        named += [self.conformal.file] if self.conformal else []
         if missing := sorted(set(named) - set(self.files)):
             raise ValueError(f"files does not list {', '.join(missing)}")
         proven = {f"{name}/{output.name}" for name, graph in self.graphs.items() for output in graph.outputs}
@@ -407,11 +395,22 @@ class Manifest(Strict):
                 )
         classes = {level.name: set(level.classes) for level in self.labels}
         for name, known in (self.profile.labels if self.profile is not None else {}).items():
-            if unknown := sorted(set(known.shares) - classes.get(name, set())):
-                raise ValueError(f"profile.labels.{name} names {unknown[0]}, which is no class")
-        levels = {level.name for level in self.labels}
-        if self.reference and self.reference.vote and (unlike := sorted(set(self.reference.vote.answers) - levels)):
-            raise ValueError(f"reference.vote.answers names {unlike[0]}, which is no label level")
+            if strange := sorted(set(known.shares) - classes.get(name, set())):
+                raise ValueError(f"profile.labels.{name} names {strange[0]}, which is no class")
+        check_parents(self.labels)
+        for part, levels in (
+            ("reference.vote.answers", self.reference.vote.answers if self.reference and self.reference.vote else {}),
+            ("calibration", self.calibration),
+            ("conformal", self.conformal.n_cells if self.conformal else {}),
+        ):
+            if unknown := sorted(set(levels) - set(classes)):
+                raise ValueError(f"{part} names '{unknown[0]}', which is no label level")
+        if (self.unknown is not None) != ("map_score" in self.graphs):
+            raise ValueError("unknown and the graph map_score come together")
+        if self.unknown and [(output.name, output.shape) for output in self.graphs["map_score"].outputs] != [
+            ("mapping_score", ("n",))
+        ]:
+            raise ValueError("map_score must have the one output mapping_score of shape [n]")
         return self
 
     def _check_steps(self) -> None:

@@ -2,13 +2,14 @@
 
 import threading
 from collections.abc import Mapping
+from types import MappingProxyType
 
 import numpy as np
 import scipy.sparse as sp
 from numpy.typing import NDArray
 
 from service.cells.genes import densify, library_size, scatter
-from service.inference.session import Session
+from service.inference.session import Array, Session, padded
 
 
 def encode(sessions: Mapping[str, Session], counts: sp.csr_matrix) -> NDArray[np.float32]:
@@ -34,12 +35,15 @@ def encode(sessions: Mapping[str, Session], counts: sp.csr_matrix) -> NDArray[np
     return sessions["encode_values"].run_rows(counts.shape[0], dense)["latent"]
 
 
-def run_counts(session: Session, counts: sp.csr_matrix) -> dict[str, NDArray[np.float32]]:
-    """Outputs of a graph that takes counts."""
+def run_counts(
+    session: Session, counts: sp.csr_matrix, more: Mapping[str, NDArray[np.float32]] = MappingProxyType({})
+) -> dict[str, NDArray[np.float32]]:
+    """Outputs of a graph that takes counts, and perhaps `more` inputs with one row per cell."""
 
-    def dense(rows: slice, n_rows: int) -> dict[str, NDArray[np.float32]]:
+    def dense(rows: slice, n_rows: int) -> dict[str, Array]:
         # Densified at the padded size into this thread's buffer, so that there is nothing left to copy or to allocate.
-        return {"counts": densify(counts, rows, _buffers.take(n_rows, counts.shape[1]))}
+        known: dict[str, Array] = {"counts": densify(counts, rows, _buffers.take(n_rows, counts.shape[1]))}
+        return known | {name: padded(array[rows], n_rows) for name, array in more.items()}
 
     return session.run_rows(counts.shape[0], dense)
 

@@ -8,7 +8,8 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from service.cells.columns import Column, Columns, LabelLists, Labels, Values, Vectors
-from service.contract.manifest import MAX_NEIGHBOURS, LabelLevel
+from service.contract.annotation import LabelLevel
+from service.contract.manifest import MAX_NEIGHBOURS
 from service.errors import InvalidOption
 from service.inference import neighbours
 from service.inference.annotate import UNKNOWN

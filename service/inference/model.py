@@ -11,6 +11,7 @@ from service.contract.artifact import Artifact
 from service.contract.manifest import Manifest
 from service.errors import GoldenMismatch, InvalidArtifact
 from service.inference import encoding
+from service.inference.conformal import PredictionSets, read_sets
 from service.inference.nearest import Nearest
 from service.inference.session import Runtime, Session
 
@@ -29,8 +30,12 @@ class Model:
     card: str
     golden_counts: sp.csr_matrix
     """Counts of the golden cells that are not empty: real cells, held out from training."""
+
     reference: Nearest | None = None
     """The reference cells, where the artifact carries them."""
+
+    prediction_sets: PredictionSets | None = None
+    """Of models whose calibration scores travel with them."""
 
     @property
     def id(self) -> str:
@@ -112,15 +117,26 @@ class Model:
     ) -> dict[str, NDArray[np.float32]]:
         """Class probabilities by label level, each float32 of shape (n_cells, n_classes), of raw counts (n_cells, n_genes).
 
-        The graph says what it is a function of: the latent, or the counts themselves. `latent` saves encoding where it is known.
+        The graph says what it is a function of: the latent, or the counts themselves. A latent that is known need not be computed.
         """
         if not counts.shape[0]:
             return {level.name: np.zeros((0, len(level.classes)), dtype=np.float32) for level in self.manifest.labels}
-        if any(tensor.name == "counts" for tensor in self.manifest.graphs["classify"].inputs):
-            outputs = encoding.run_counts(self.sessions["classify"], counts)
-        else:
-            outputs = self.sessions["classify"].run({"latent": self.encode(counts) if latent is None else latent})
+        outputs = self._run_known("classify", counts, latent)
         return {level.name: outputs[f"probabilities_{level.name}"] for level in self.manifest.labels}
+
+    def mapping_score(self, counts: sp.csr_matrix, latent: NDArray[np.float32] | None = None) -> NDArray[np.float32]:
+        """How well cells fit the reference, 0 to 1, float32 (n_cells,); for models with the graph `map_score`."""
+        if not counts.shape[0]:
+            return np.zeros(0, dtype=np.float32)
+        return self._run_known("map_score", counts, latent)["mapping_score"]
+
+    def _run_known(
+        self, graph: str, counts: sp.csr_matrix, latent: NDArray[np.float32] | None
+    ) -> dict[str, NDArray[np.float32]]:
+        """Outputs of a graph on counts, the latent, or both."""
+        session = self.sessions[graph]
+        more = {"latent": self.encode(counts) if latent is None else latent} if "latent" in session.inputs else {}
+        return encoding.run_counts(session, counts, more) if "counts" in session.inputs else session.run(more)
 
     def project(self, latent: NDArray[np.float32]) -> NDArray[np.float32]:
         """Coordinates in the reference's UMAP, float32 (n_cells, 2), of latents (n_cells, n_latent); the artifact must hold `project`."""
@@ -178,6 +194,7 @@ def load(artifact: Artifact, runtime: Runtime, is_quiet: bool = False) -> Model:
         card=artifact.card,
         golden_counts=_filled(golden["encode/counts"]),
         reference=Nearest(artifact.reference) if artifact.reference is not None else None,
+        prediction_sets=read_sets(artifact),
     )
     if "transform" in sessions:
         zero = sessions["transform"].run_flat(

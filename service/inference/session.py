@@ -188,7 +188,7 @@ class Session:
         """
         n_cells = len(next(iter(inputs.values())))
         return self.run_rows(
-            n_cells, lambda rows, n_rows: {name: _padded(array[rows], n_rows) for name, array in inputs.items()}, keep
+            n_cells, lambda rows, n_rows: {name: padded(array[rows], n_rows) for name, array in inputs.items()}, keep
         )
 
     def run_rows(
@@ -238,7 +238,7 @@ class Session:
         n = len(next(iter(inputs.values())))
         n_padded = max(1, -(-n // SHAPES[-1])) * SHAPES[-1]
         outputs: list[NDArray[np.float32]] = self._session.run(
-            self.outputs, {name: _padded(array, n_padded) for name, array in inputs.items()}
+            self.outputs, {name: padded(array, n_padded) for name, array in inputs.items()}
         )
         return outputs[0][:n]
 
@@ -294,12 +294,13 @@ def _partly() -> ort.RunOptions:
     return options
 
 
-def _padded(array: Array, n_rows: int) -> Array:
+def padded(array: Array, n_rows: int) -> Array:
+    """The array with rows of zeros after its own, `n_rows` in all."""
     if len(array) == n_rows:
         return array
-    padded = np.zeros((n_rows, *array.shape[1:]), dtype=array.dtype)
-    padded[: len(array)] = array
-    return padded
+    longer = np.zeros((n_rows, *array.shape[1:]), dtype=array.dtype)
+    longer[: len(array)] = array
+    return longer
 
 
 def _same_bits(one: Mapping[str, NDArray[np.float32]], other: Mapping[str, NDArray[np.float32]]) -> bool:

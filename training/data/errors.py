@@ -4,7 +4,17 @@ from training.data.cell_filters import NoCells
 from training.data.features import NoGenes
 from training.data.formats.errors import BadFile, UnknownFormat
 from training.data.gene_map import CountsOnDisk
-from training.data.prepared import NoTrainingCells, UnknownColumn
+from training.data.prepared import LabelsContradict, NoTrainingCells, UnknownColumn
 from training.data.splits import UnknownBatch
 
-USER_ERRORS = (BadFile, CountsOnDisk, NoCells, NoGenes, NoTrainingCells, UnknownBatch, UnknownColumn, UnknownFormat)
+USER_ERRORS = (
+    BadFile,
+    CountsOnDisk,
+    LabelsContradict,
+    NoCells,
+    NoGenes,
+    NoTrainingCells,
+    UnknownBatch,
+    UnknownColumn,
+    UnknownFormat,
+)

@@ -11,7 +11,7 @@ import torch
 from anndata import AnnData
 from numpy.typing import NDArray
 
-from training.config import Config
+from training.config import Config, Level
 from training.data.features import BY_NAME, TrainingCells, select_genes, select_named
 from training.data.minibatches import Cells
 from training.data.splits import HELD_OUT, SEQUENTIAL, STRATIFIED, TRAIN, VALIDATION, Split, hold_out, split_cells
@@ -46,6 +46,10 @@ class NoTrainingCells(Exception):
     """The split leaves nothing to train on, or to validate with."""
 
 
+class LabelsContradict(Exception):
+    """A cell's class of one level does not belong to its class of the level above."""
+
+
 class UnknownColumn(Exception):
     """The configuration names a column that the cells do not have."""
 
@@ -65,9 +69,16 @@ def split_reference(config: Config, reference: AnnData) -> Split:
     levels = config.labels[:1] if wanted.method in (STRATIFIED, HELD_OUT) else ()
     strata = zip(reference.obs["dataset"], *(column(reference, level.name) for level in levels), strict=True)
     if wanted.method == HELD_OUT:
-        return hold_out(reference, batch, wanted.held_out, strata, wanted.validation, config.seed)
+        return hold_out(reference, batch, wanted.held_out, strata, wanted.validation, config.seed, wanted.calibration)
+    assert isinstance(wanted.calibration, float), "the configuration refuses names without held_out"
     return split_cells(
-        reference, strata, wanted.test, wanted.validation, config.seed, is_sequential=wanted.method == SEQUENTIAL
+        reference,
+        strata,
+        wanted.test,
+        wanted.validation,
+        config.seed,
+        is_sequential=wanted.method == SEQUENTIAL,
+        calibration=wanted.calibration,
     )
 
 
@@ -104,15 +115,39 @@ def batch_names(config: Config, training_cells: AnnData) -> tuple[str, ...]:
 
 
 def add_labels(config: Config, reference: AnnData) -> None:
-    """Write each label level that has a column of its own, or that only some data sets have, to the column of its name."""
+    """Write each label level that has a column of its own, or that only some data sets have, to the column of its name.
+
+    A cell without a class of a level gets the parent of its class of the level below, where it has one.
+
+    Raises:
+        LabelsContradict: a cell has a class of the level above that is not the parent of its class.
+    """
     for level in config.labels:
         if config.start and (level.column or level.name) not in reference.obs:
             # A query without labels: what is known of classes comes with the weights.
             reference.obs[level.name] = ""
-        elif level.column or level.data:
-            values = column(reference, level.column or level.name)
+        elif level.column or level.data or level.values:
+            values = column(reference, level.column or level.name).replace(level.values)
             has_level = reference.obs["dataset"].isin(level.data or config.datasets)
             reference.obs[level.name] = values.where(has_level, "")
+    for level in reversed(config.labels):
+        if level.parent is not None:
+            _fill_parents(reference, level)
+
+
+def _fill_parents(reference: AnnData, level: Level) -> None:
+    own = column(reference, level.name)
+    above = column(reference, str(level.parent))
+    parent = own.map(level.parents)
+    classes = set(level.parents.values())
+    contradicts = parent.notna() & above.isin(classes) & (above != parent)
+    if contradicts.any():
+        cell = contradicts.idxmax()
+        raise LabelsContradict(
+            f"{int(contradicts.sum()):,} cells, first '{cell}', are '{above[cell]}' ({level.parent}) and '{own[cell]}' ({level.name}), which "
+            f"the configuration puts below '{parent[cell]}'."
+        )
+    reference.obs[str(level.parent)] = above.where(parent.isna() | above.isin(classes), parent)
 
 
 def batch_levels(config: Config, batches: tuple[str, ...]) -> tuple[BatchLevel, ...]:

@@ -9,8 +9,8 @@ import numpy as np
 from anndata import AnnData
 from numpy.typing import NDArray
 
-TRAIN, VALIDATION, TEST, PUBLISHED = "train", "validation", "test", "published"
-PARTS = (TRAIN, VALIDATION, TEST, PUBLISHED)
+TRAIN, VALIDATION, CALIBRATION, TEST, PUBLISHED = "train", "validation", "calibration", "test", "published"
+PARTS = (TRAIN, VALIDATION, CALIBRATION, TEST, PUBLISHED)
 STRATIFIED, RANDOM, SEQUENTIAL, HELD_OUT = "stratified", "random", "sequential", "held_out"
 METHODS = (STRATIFIED, RANDOM, SEQUENTIAL, HELD_OUT)
 
@@ -43,9 +43,15 @@ class Split:
 
 
 def split_cells(
-    cells: AnnData, strata: Iterable[Any], test: float, validation: float, seed: int, is_sequential: bool = False
+    cells: AnnData,
+    strata: Iterable[Any],
+    test: float,
+    validation: float,
+    seed: int,
+    is_sequential: bool = False,
+    calibration: float = 0.0,
 ) -> Split:
-    """Draw test and validation cells from every stratum alike.
+    """Draw test, validation and calibration cells from every stratum alike.
 
     Args:
         cells: those marked "test" in obs["published_split"] are set apart as "published" and drawn for nothing else.
@@ -53,10 +59,12 @@ def split_cells(
         test: share of each stratum; may be 0.
         validation: share of each stratum.
         seed: of the draw.
-        is_sequential: draw nothing: the last cells of a stratum are test cells, those before them validation cells.
+        is_sequential: draw nothing: the last cells of a stratum are test cells, those before them validation cells, and so on.
+        calibration: share of each stratum; may be 0. The other parts do not depend on it.
 
     Returns:
-        A part for each cell. A stratum of three cells or more has at least one cell in each part of which the share is not 0.
+        A part for each cell. A stratum of three cells or more (four with calibration cells) has at least one cell in each part of
+        which the share is not 0.
     """
     generator = np.random.default_rng(seed)
     published = cells.obs.get("published_split")
@@ -73,16 +81,24 @@ def split_cells(
     )
     for positions in by_stratum:
         members = positions[::-1] if is_sequential else generator.permutation(positions)
-        if len(members) < len((TRAIN, VALIDATION, TEST)):
+        if len(members) < len((TRAIN, VALIDATION, TEST)) + bool(calibration):
             continue
-        n_test, n_validation = (max(1, round(share * len(members))) if share else 0 for share in (test, validation))
-        part[members[:n_test]] = TEST
-        part[members[n_test : n_test + n_validation]] = VALIDATION
+        start = 0
+        for name, share in ((TEST, test), (VALIDATION, validation), (CALIBRATION, calibration)):
+            stop = start + (max(1, round(share * len(members))) if share else 0)
+            part[members[start:stop]] = name
+            start = stop
     return Split(dict(zip(cells.obs_names, part.tolist(), strict=True)))
 
 
 def hold_out(
-    cells: AnnData, batch: Iterable[str], held_out: tuple[str, ...], strata: Iterable[Any], validation: float, seed: int
+    cells: AnnData,
+    batch: Iterable[str],
+    held_out: tuple[str, ...],
+    strata: Iterable[Any],
+    validation: float,
+    seed: int,
+    calibration: float | tuple[str, ...] = 0.0,
 ) -> Split:
     """Test on whole batches and train on the others.
 
@@ -93,23 +109,32 @@ def hold_out(
         strata: from each of which validation cells are drawn alike.
         validation: share of the other cells.
         seed: of that draw.
+        calibration: share of the other cells that calibrate, or names of data sets or batches whose cells do.
 
     Raises:
         UnknownBatch: a name is neither a data set nor a batch, or nothing is left to train on.
     """
     names = np.stack([cells.obs["dataset"].astype(str).to_numpy(dtype=object), np.array(list(batch), dtype=object)])
     known = sorted({*names[0], *names[1]})
-    if absent := [name for name in held_out if name not in known]:
+    calibrating = calibration if isinstance(calibration, tuple) else ()
+    if absent := [name for name in (*held_out, *calibrating) if name not in known]:
         raise UnknownBatch(
             f"'{absent[0]}' is to be held out, but is no data set or batch. There are {', '.join(known)}."
         )
-    is_held_out = np.isin(names.astype(str), held_out).any(axis=0)
+    is_calibrating = np.isin(names.astype(str), calibrating).any(axis=0)
+    is_held_out = np.isin(names.astype(str), held_out).any(axis=0) | is_calibrating
     if is_held_out.all():
-        raise UnknownBatch(f"Holding out {', '.join(held_out)} leaves nothing to train on.")
+        raise UnknownBatch(f"Holding out {', '.join((*held_out, *calibrating))} leaves nothing to train on.")
     others = split_cells(
-        cells[~is_held_out], [s for s, out in zip(strata, is_held_out, strict=True) if not out], 0.0, validation, seed
+        cells[~is_held_out],
+        [s for s, out in zip(strata, is_held_out, strict=True) if not out],
+        0.0,
+        validation,
+        seed,
+        calibration=0.0 if isinstance(calibration, tuple) else calibration,
     )
-    part = {name: others.part.get(name, TEST) for name in cells.obs_names}
+    apart = dict(zip(cells.obs_names, np.where(is_calibrating, CALIBRATION, TEST).tolist(), strict=True))
+    part = {name: others.part.get(name, apart[name]) for name in cells.obs_names}
     if "published_split" in cells.obs:
         part |= dict.fromkeys(cells.obs_names[(cells.obs["published_split"] == "test").to_numpy()], PUBLISHED)
     return Split(part)

@@ -14,8 +14,9 @@ import torch
 from numpy.typing import NDArray
 
 from service.contract import artifact
+from service.contract.annotation import LabelLevel
 from service.contract.gene_table import GeneTable
-from service.contract.manifest import BatchPolicy, DataSource, Genes, Golden, LabelLevel, Manifest, Parity, Provenance
+from service.contract.manifest import BatchPolicy, DataSource, Genes, Golden, Manifest, Parity, Provenance
 from service.contract.store import DEFAULT, ModelId, Store
 from service.inference import model as serving
 from service.inference.session import Runtime, Session

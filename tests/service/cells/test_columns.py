@@ -20,6 +20,7 @@ def columns(size: int) -> Columns:
         "probabilities": Vectors(random.random((size, 2)).astype(np.float32), ("no", "yes")),
         "label": Labels(random.integers(0, 2, size, dtype=np.int32), ("no", "yes")),
         "neighbours": LabelLists(random.integers(0, 2, (size, 4), dtype=np.int32), ("no", "yes")),
+        "set": LabelLists(random.integers(-1, 2, (size, 2), dtype=np.int32), ("no", "yes"), is_ragged=True),
     }
 
 
