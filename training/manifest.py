@@ -18,7 +18,7 @@ from service.contract.manifest import (
     Provenance,
 )
 from service.inference.session import Runtime, Session
-from training import archive, imputation, parity
+from training import archive, explanation, imputation, parity
 from training.data import source
 from training.data.prepared import encode_cells
 from training.data.splits import TEST, VALIDATION
@@ -38,8 +38,9 @@ def build(run: Run, version: str) -> tuple[Manifest, dict[str, bytes]]:
         OutsideTolerance: they disagree.
     """
     torch.manual_seed(run.config.seed)
+    graphs = {**run.family.graphs(), explanation.NAME: explanation.graph(run.family, run.prepared)}
     inputs = held_out_inputs(run, run.config.export.n_parity)
-    graphs = run.family.graphs()
+    inputs |= explanation.example_inputs(graphs[explanation.NAME], inputs)
     example = {name: torch.from_numpy(array[:2]) for name, array in inputs.items()}
     example["latent"] = torch.zeros(2, run.config.hyperparameters.n_latent)
     contents = {f"{name}.onnx": to_onnx(graph, example) for name, graph in graphs.items()}
@@ -47,9 +48,11 @@ def build(run: Run, version: str) -> tuple[Manifest, dict[str, bytes]]:
     sessions = {name: Session(contents[graph.file], graph, Runtime(), graph.file) for name, graph in signatures.items()}
     input_names = {name: graph.inputs for name, graph in graphs.items()}
     differences = parity.compare(
-        parity.run_sessions(sessions, input_names, inputs), parity.run_torch(run.family, inputs)
+        parity.run_sessions(sessions, input_names, inputs), parity.run_torch(graphs, inputs)
     )
-    golden = parity.run_sessions(sessions, input_names, golden_inputs(run))
+    golden_cells = golden_inputs(run)
+    golden_cells |= explanation.example_inputs(graphs[explanation.NAME], golden_cells)
+    golden = parity.run_sessions(sessions, input_names, golden_cells)
     golden_tolerance = {
         f"{name}/{tensor.name}": parity.tolerance(f"{name}/{tensor.name}", golden[f"{name}/{tensor.name}"])
         for name, graph in signatures.items()

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from service.contract.manifest import Difference
 from service.inference.session import Session
-from training.families.family import Family
+from training.families.family import Graph
 
 Arrays = dict[str, NDArray[np.generic]]
 
@@ -27,14 +27,16 @@ class OutsideTolerance(Exception):
     """An exported graph gives other numbers than the network that was trained."""
 
 
-def run_torch(family: Family, inputs: Mapping[str, NDArray[np.generic]]) -> Arrays:
+def run_torch(graphs: Mapping[str, Graph], inputs: Mapping[str, NDArray[np.generic]]) -> Arrays:
     """Every output of every graph in float64, keyed `<graph>/<tensor>`.
 
     Args:
-        family: fitted; it is copied, not changed.
-        inputs: counts, library and batch of the cells; the latent is what encode gives.
+        graphs: encode first; their modules are copied, not changed.
+        inputs: counts, library and batch of the cells, and what else is given; the latent is what encode gives.
     """
-    graphs = copy.deepcopy(family).double().eval().graphs()
+    graphs = copy.deepcopy(dict(graphs))
+    for graph in graphs.values():
+        graph.module.double().eval()
     tensors = {name: torch.from_numpy(np.asarray(array)) for name, array in inputs.items()}
     tensors = {name: tensor.double() if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}
     outputs: Arrays = {}

@@ -36,7 +36,7 @@ def test_what_is_served_is_what_was_trained(family_run: FamilyRun, exported: Pat
     cells = made.test_cells
     library = np.asarray(cells.X.sum(axis=1), dtype=np.float32).ravel()
     batch = np.zeros(cells.n_obs, dtype=np.int64)
-    torch_says = parity.run_torch(made.family, {"counts": cells.X.toarray(), "library": library, "batch": batch})
+    torch_says = parity.run_torch(made.family.graphs(), {"counts": cells.X.toarray(), "library": library, "batch": batch})
     latent = model.encode(cells.X)
     np.testing.assert_allclose(latent, torch_says["encode/latent"], rtol=0, atol=1e-4)
     np.testing.assert_allclose(
@@ -160,5 +160,5 @@ def test_torch_reference_is_float64(family_run: FamilyRun) -> None:
     """The network that was trained is compared in float64 and stays float32 itself."""
     made = family_run[0]
     inputs = golden_inputs(made)
-    assert all(array.dtype == np.float64 for array in parity.run_torch(made.family, inputs).values())
+    assert all(array.dtype == np.float64 for array in parity.run_torch(made.family.graphs(), inputs).values())
     assert all(parameter.dtype == torch.float32 for parameter in made.family.parameters())

@@ -249,7 +249,7 @@ def build(
     signatures = {name: signature(contents[f"{name}.onnx"], f"{name}.onnx") for name in graphs}
     sessions = {name: Session(contents[graph.file], graph, Runtime(), graph.file) for name, graph in signatures.items()}
     names = {name: graph.inputs for name, graph in graphs.items()}
-    differences = parity.compare(parity.run_sessions(sessions, names, inputs), parity.run_torch(network, inputs))
+    differences = parity.compare(parity.run_sessions(sessions, names, inputs), parity.run_torch(graphs, inputs))
     golden = parity.run_sessions(sessions, names, {name: array[-N_GOLDEN - 1 :] for name, array in inputs.items()})
     outputs = [f"{name}/{tensor.name}" for name, graph in signatures.items() for tensor in graph.outputs]
     table, id_type = gene_table(saved, network, wanted.species, inputs["counts"])
