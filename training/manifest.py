@@ -18,7 +18,7 @@ from service.contract.manifest import (
     Provenance,
 )
 from service.inference.session import Runtime, Session
-from training import archive, explanation, imputation, parity
+from training import archive, explanation, imputation, parity, saliency
 from training.data import source
 from training.data.prepared import encode_cells
 from training.data.splits import TEST, VALIDATION
@@ -47,9 +47,7 @@ def build(run: Run, version: str) -> tuple[Manifest, dict[str, bytes]]:
     signatures = {name: signature(contents[f"{name}.onnx"], f"{name}.onnx") for name in graphs}
     sessions = {name: Session(contents[graph.file], graph, Runtime(), graph.file) for name, graph in signatures.items()}
     input_names = {name: graph.inputs for name, graph in graphs.items()}
-    differences = parity.compare(
-        parity.run_sessions(sessions, input_names, inputs), parity.run_torch(graphs, inputs)
-    )
+    differences = parity.compare(parity.run_sessions(sessions, input_names, inputs), parity.run_torch(graphs, inputs))
     golden_cells = golden_inputs(run)
     golden_cells |= explanation.example_inputs(graphs[explanation.NAME], golden_cells)
     golden = parity.run_sessions(sessions, input_names, golden_cells)
@@ -59,7 +57,9 @@ def build(run: Run, version: str) -> tuple[Manifest, dict[str, bytes]]:
         for tensor in graph.outputs
     }
     table = gene_table(run.family, run.prepared, run.config.species)
+    impact, impact_table = saliency.build(run, graphs[explanation.NAME].module, table)
     contents |= {GENES: table.dump(), GOLDEN: archive.dump(golden), artifact.CARD: b""}
+    contents[impact.file] = archive.dump(impact_table.arrays())
     manifest = Manifest(
         name=run.config.name,
         version=version,
@@ -79,6 +79,7 @@ def build(run: Run, version: str) -> tuple[Manifest, dict[str, bytes]]:
         batch=batch_policy(run),
         labels=label_levels(run) if "classify" in graphs else (),
         modalities=tuple(modality(run, found) for found in run.family.imputes),
+        impact=impact,
         golden=Golden(file=GOLDEN, tolerance=golden_tolerance),
         parity=Parity(n_cells=len(inputs["counts"]), outputs=differences),
         provenance=provenance(run),

@@ -36,14 +36,24 @@ class Labels:
     words: tuple[str, ...]
 
 
-Column = Values | Vectors | Labels
+@dataclass(frozen=True)
+class Names:
+    """Some words per cell, in an order that means something."""
+
+    codes: NDArray[np.int32]
+    """Shape (n_cells, n_words): indices into `words`."""
+
+    words: tuple[str, ...]
+
+
+Column = Values | Vectors | Labels | Names
 Columns = Mapping[str, Column]
 
 
 def n_cells(columns: Columns) -> int:
     """Number of cells that the columns describe."""
     first = next(iter(columns.values()))
-    return len(first.codes if isinstance(first, Labels) else first.values)
+    return len(_array(first))
 
 
 def take(columns: Columns, start: int, stop: int) -> Columns:
@@ -59,13 +69,13 @@ def concatenate(parts: Sequence[Columns]) -> Columns:
 
 
 def _array(column: Column) -> NDArray[Any]:
-    return column.codes if isinstance(column, Labels) else column.values
+    return column.codes if isinstance(column, Labels | Names) else column.values
 
 
 def _replaced(column: Column, arrays: Sequence[NDArray[Any]]) -> Column:
     array = arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
-    if isinstance(column, Labels):
-        return Labels(array.astype(np.int32, copy=False), column.words)
+    if isinstance(column, Labels | Names):
+        return type(column)(array.astype(np.int32, copy=False), column.words)
     if isinstance(column, Vectors):
         return Vectors(array.astype(np.float32, copy=False), column.names)
     return Values(array)

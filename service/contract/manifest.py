@@ -166,6 +166,31 @@ class Golden(Strict):
     """Largest absolute difference allowed per output, keyed `<graph>/<tensor>`."""
 
 
+class GeneSetFile(Strict):
+    """A GMT file whose sets a model was looked at with."""
+
+    name: str
+    sha256: Sha256
+    licence: str
+    n_sets: Annotated[int, Field(ge=0)]
+    """Of its sets, those with enough and not too many genes in the model."""
+
+
+class Impact(Strict):
+    """What each gene does to every latent unit and label, in a table."""
+
+    file: FileName
+    """npz; service/contract/impact.py says what it holds."""
+
+    n_cells: Annotated[int, Field(gt=0)]
+    """Cells of the reference that impacts are means over."""
+
+    gene_sets: tuple[GeneSetFile, ...] = ()
+    min_set_genes: Annotated[int, Field(gt=0)]
+    max_set_genes: Annotated[int, Field(gt=0)]
+    """Sets with fewer or more genes in the model are left out."""
+
+
 class DataSource(Strict):
     """A data set that the model was trained on."""
 
@@ -211,6 +236,9 @@ class Manifest(Strict):
     modalities: tuple[Modality, ...] = ()
     """What `decode` gives beside `expression`."""
 
+    impact: Impact | None = None
+    """Of genes and gene sets; null for a model without."""
+
     calibration: dict[str, Any] = {}
     thresholds: dict[str, float] = {}
     metrics: dict[str, float] = {}
@@ -225,6 +253,7 @@ class Manifest(Strict):
     @model_validator(mode="after")
     def _check(self) -> "Manifest":
         named = [self.genes.file, self.golden.file, *(graph.file for graph in self.graphs.values())]
+        named += [self.impact.file] if self.impact else []
         if missing := sorted(set(named) - set(self.files)):
             raise ValueError(f"files does not list {', '.join(missing)}")
         proven = {f"{name}/{output.name}" for name, graph in self.graphs.items() for output in graph.outputs}
@@ -241,6 +270,7 @@ class Manifest(Strict):
             output = decoded.get(modality.name)
             if output is None or output.shape != ("n", len(modality.features)):
                 raise ValueError(f"decode has no output {modality.name} of shape [n, {len(modality.features)}]")
+        self._check_explain()
         outputs = (
             {output.name: output for output in self.graphs["classify"].outputs} if "classify" in self.graphs else {}
         )
@@ -251,6 +281,24 @@ class Manifest(Strict):
                     f"classify has no output probabilities_{level.name} of shape [n, {len(level.classes)}]"
                 )
         return self
+
+    def _check_explain(self) -> None:
+        if "explain" not in self.graphs:
+            return
+        width = self.n_latent + sum(len(level.classes) for level in self.labels)
+        wanted = {
+            "counts": ("n", self.genes.n_genes),
+            "direction": ("n", width),
+            "position": ("n",),
+            "baseline": ("n",),
+            "attribution": ("n", self.genes.n_genes),
+            "value": ("n",),
+        }
+        found = {
+            tensor.name: tensor.shape for tensor in (*self.graphs["explain"].inputs, *self.graphs["explain"].outputs)
+        }
+        if found != wanted:
+            raise ValueError(f"explain has the tensors {found}, and not {wanted}: see docs/explain.md")
 
     @property
     def id(self) -> str:

@@ -1,7 +1,10 @@
 """A loaded model: its sessions, its genes, and the arithmetic that tasks share."""
 
 import threading
+import zipfile
+from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import numpy as np
 import scipy.sparse as sp
@@ -9,9 +12,10 @@ from numpy.typing import NDArray
 
 from service.cells.genes import GeneIndex, densify
 from service.contract.artifact import Artifact
+from service.contract.impact import ImpactTable
 from service.contract.manifest import Manifest
-from service.errors import GoldenMismatch
-from service.inference.session import Runtime, Session
+from service.errors import GoldenMismatch, InvalidArtifact
+from service.inference.session import Array, Runtime, Session, padded
 
 
 @dataclass(frozen=True)
@@ -23,6 +27,8 @@ class Model:
     sessions: dict[str, Session]
     runtime: Runtime
     card: str
+    impact: ImpactTable | None = None
+    """Of genes on latent units and labels; None for a model without."""
 
     @property
     def id(self) -> str:
@@ -42,12 +48,37 @@ class Model:
             return np.zeros((0, self.manifest.n_latent), dtype=np.float32)
         return self._run_counts("encode", counts)["latent"]
 
-    def _run_counts(self, graph: str, counts: sp.csr_matrix) -> dict[str, NDArray[np.float32]]:
-        """Outputs of a graph that takes counts."""
+    def explain(
+        self,
+        counts: sp.csr_matrix,
+        direction: NDArray[np.float32],
+        position: NDArray[np.float32],
+        baseline: NDArray[np.float32],
+    ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """Input times gradient at a place on the path from a baseline to each cell, and what is explained there.
 
-        def dense(rows: slice, n_rows: int) -> dict[str, NDArray[np.float32]]:
+        Args:
+            counts: raw counts aligned to the model's genes, shape (n_cells, n_genes), at least one cell.
+            direction: weights of the latent units and of the log-odds of every class, level by level, (n_cells, n_latent + n_classes).
+            position: 0 at the baseline, 1 at the cell, (n_cells,).
+            baseline: 0 for an empty cell, 1 for the mean of the reference's, (n_cells,).
+
+        Returns:
+            Attribution (n_cells, n_genes) and value (n_cells,), float32.
+        """
+        more = {"direction": direction, "position": position, "baseline": baseline}
+        outputs = self._run_counts("explain", counts, more)
+        return outputs["attribution"], outputs["value"]
+
+    def _run_counts(
+        self, graph: str, counts: sp.csr_matrix, more: Mapping[str, NDArray[np.float32]] = MappingProxyType({})
+    ) -> dict[str, NDArray[np.float32]]:
+        """Outputs of a graph that takes counts, and perhaps `more` inputs."""
+
+        def dense(rows: slice, n_rows: int) -> dict[str, Array]:
             # Densified at the padded size into this thread's buffer, so that there is nothing left to copy or to allocate.
-            return {"counts": densify(counts, rows, _buffers.take(n_rows, counts.shape[1]))}
+            inputs: dict[str, Array] = {"counts": densify(counts, rows, _buffers.take(n_rows, counts.shape[1]))}
+            return inputs | {name: padded(array[rows], n_rows) for name, array in more.items()}
 
         return self.sessions[graph].run_rows(counts.shape[0], dense)
 
@@ -150,4 +181,18 @@ def load(artifact: Artifact, runtime: Runtime, is_quiet: bool = False) -> Model:
         sessions=sessions,
         runtime=runtime,
         card=artifact.card,
+        impact=_impact(artifact),
     )
+
+
+def _impact(artifact: Artifact) -> ImpactTable | None:
+    manifest = artifact.manifest
+    if manifest.impact is None:
+        return None
+    n_classes = sum(len(level.classes) for level in manifest.labels)
+    try:
+        content = artifact.contents[manifest.impact.file]
+        return ImpactTable.parse(content, manifest.n_latent, n_classes, manifest.genes.n_genes)
+    except (ValueError, OSError, KeyError, zipfile.BadZipFile) as error:
+        path = str(artifact.path / manifest.impact.file)
+        raise InvalidArtifact(path=path, problem=f"it is no table of impacts: {error}") from None

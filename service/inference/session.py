@@ -161,7 +161,7 @@ class Session:
         """
         n_cells = len(next(iter(inputs.values())))
         return self.run_rows(
-            n_cells, lambda rows, n_rows: {name: _padded(array[rows], n_rows) for name, array in inputs.items()}
+            n_cells, lambda rows, n_rows: {name: padded(array[rows], n_rows) for name, array in inputs.items()}
         )
 
     def run_rows(
@@ -229,12 +229,13 @@ class Session:
         return first if _same_bits(outputs, {name: array[order] for name, array in first.items()}) else None
 
 
-def _padded(array: Array, n_rows: int) -> Array:
+def padded(array: Array, n_rows: int) -> Array:
+    """The array with rows of zeros after its own."""
     if len(array) == n_rows:
         return array
-    padded = np.zeros((n_rows, *array.shape[1:]), dtype=array.dtype)
-    padded[: len(array)] = array
-    return padded
+    longer = np.zeros((n_rows, *array.shape[1:]), dtype=array.dtype)
+    longer[: len(array)] = array
+    return longer
 
 
 def _same_bits(one: Mapping[str, NDArray[np.float32]], other: Mapping[str, NDArray[np.float32]]) -> bool:

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from service import metrics
-from service.cells.columns import Column, Columns, Labels, Vectors, concatenate, n_cells
+from service.cells.columns import Column, Columns, Labels, Names, Vectors, concatenate, n_cells
 from service.cells.formats.format import Format
 from service.contract.store import ModelId
 from service.errors import BodyTooLarge
@@ -139,6 +139,11 @@ def _difference(served: Column, shadow: Column) -> Difference | None:
             return None
         one, other = np.array(served.words)[served.codes], np.array(shadow.words)[shadow.codes]
         return one == other, None
+    if isinstance(served, Names) or isinstance(shadow, Names):
+        if not (isinstance(served, Names) and isinstance(shadow, Names)) or served.codes.shape != shadow.codes.shape:
+            return None
+        same = np.array(served.words)[served.codes] == np.array(shadow.words)[shadow.codes]
+        return np.asarray(same.all(axis=1)), None
     if isinstance(served, Vectors) and isinstance(shadow, Vectors) and served.names != shadow.names:
         return None
     first, second = served.values, shadow.values

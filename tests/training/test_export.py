@@ -36,7 +36,9 @@ def test_what_is_served_is_what_was_trained(family_run: FamilyRun, exported: Pat
     cells = made.test_cells
     library = np.asarray(cells.X.sum(axis=1), dtype=np.float32).ravel()
     batch = np.zeros(cells.n_obs, dtype=np.int64)
-    torch_says = parity.run_torch(made.family.graphs(), {"counts": cells.X.toarray(), "library": library, "batch": batch})
+    torch_says = parity.run_torch(
+        made.family.graphs(), {"counts": cells.X.toarray(), "library": library, "batch": batch}
+    )
     latent = model.encode(cells.X)
     np.testing.assert_allclose(latent, torch_says["encode/latent"], rtol=0, atol=1e-4)
     np.testing.assert_allclose(
@@ -58,8 +60,9 @@ def test_training_twice_gives_the_same_bytes(family_run: FamilyRun, exported: Pa
     """Not only the graphs: genes and golden cells too."""
     again = run.fit(family_run[0].config, tmp_path / "run", show_progress=False)
     path = exporting.export(again, tmp_path / "store")
-    names = [file.name for file in exported.iterdir() if file.suffix in (".onnx", ".npz", ".tsv")]
-    assert len(names) == 5
+    files = [file for file in exported.rglob("*") if file.suffix in (".onnx", ".npz", ".tsv")]
+    names = [file.relative_to(exported) for file in files]
+    assert len(names) == 7
     assert [(path / name).read_bytes() for name in names] == [(exported / name).read_bytes() for name in names]
 
 
@@ -121,6 +124,7 @@ def test_the_manifest_says_where_the_model_comes_from(exported: Path, family_run
     assert set(manifest.provenance.packages) >= {"torch", "onnxruntime", "python"}
     assert manifest.provenance.config == family_run[0].config.model_dump(mode="json")
     expected = {"encode/latent", "decode/expression", "classify/probabilities_cell_type"}
+    expected |= {"explain/attribution", "explain/value"}
     expected |= {f"decode/{modality.name}" for modality in manifest.modalities}
     expected |= {f"classify/probabilities_{level}" for level in family_run[0].family.own_levels}
     assert set(manifest.parity.outputs) == expected
@@ -145,7 +149,7 @@ def test_a_model_without_labels_is_exported_without_classify(tiny_sets: None, tm
     """Graphs that a model lacks are left out; nothing else changes."""
     made = run.fit(tiny_config(labels=[]), tmp_path / "run", show_progress=False)
     manifest = artifact.read_manifest(exporting.export(made, tmp_path / "store"))
-    assert set(manifest.graphs) == {"encode", "decode"}
+    assert set(manifest.graphs) == {"encode", "decode", "explain"}
     assert manifest.labels == ()
     assert manifest.metrics == {}
 

@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 import scipy.sparse as sp
 
-from service.cells.columns import Columns, Labels, Vectors
+from service.cells.columns import Columns, Labels, Names, Vectors
 from service.cells.counts import Cells, csr
 from service.cells.formats.arrow_limits import check_decoded_size
 from service.cells.formats.format import Format, check_names
@@ -184,6 +184,9 @@ class ArrowWriter:
             metadata = None
             if isinstance(column, Labels):
                 array = pa.DictionaryArray.from_arrays(_arrow(column.codes), _strings(column.words))
+            elif isinstance(column, Names):
+                words = pa.DictionaryArray.from_arrays(_arrow(column.codes.reshape(-1)), _strings(column.words))
+                array = pa.FixedSizeListArray.from_arrays(words, column.codes.shape[1])
             elif isinstance(column, Vectors):
                 width = column.values.shape[1]
                 array = pa.FixedSizeListArray.from_arrays(_arrow(column.values.reshape(-1)), width)

@@ -7,7 +7,7 @@ import numpy as np
 import orjson
 import scipy.sparse as sp
 
-from service.cells.columns import Columns, Labels, Vectors, n_cells
+from service.cells.columns import Columns, Labels, Names, Vectors, n_cells
 from service.cells.counts import Cells
 from service.cells.formats.format import Format, check_names
 from service.contract import strict_json
@@ -129,6 +129,8 @@ class JsonWriter:
             for name, column in columns.items():
                 if isinstance(column, Labels):
                     cell[name] = column.words[column.codes[row]]
+                elif isinstance(column, Names):
+                    cell[name] = [column.words[code] for code in column.codes[row]]
                 elif isinstance(column, Vectors) and column.names is not None:
                     cell[name] = dict(zip(column.names, column.values[row], strict=True))
                 else:

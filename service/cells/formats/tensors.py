@@ -15,7 +15,7 @@ import orjson
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from service.cells.columns import Column, Labels, Values
+from service.cells.columns import Column, Labels, Names, Values
 from service.contract import strict_json
 from service.errors import InvalidCells, MalformedBody
 
@@ -196,8 +196,8 @@ def read(body: bytes, header_length: int | None = None) -> InferRequest:
 
 def describe(column: Column) -> tuple[str, tuple[int, ...]]:
     """Datatype and shape of a column as a tensor, the cells first."""
-    if isinstance(column, Labels):
-        return "BYTES", (len(column.codes),)
+    if isinstance(column, Labels | Names):
+        return "BYTES", column.codes.shape
     if isinstance(column, Values) and column.values.dtype == bool:
         return "BOOL", column.values.shape
     return "FP32", column.values.shape
@@ -220,8 +220,8 @@ def write(head: Mapping[str, Any], outputs: Sequence[tuple[str, Column, bool]]) 
         if is_binary:
             pieces.append(_bytes(column))
             entry["parameters"] = {"binary_data_size": len(pieces[-1])}
-        elif isinstance(column, Labels):
-            entry["data"] = [column.words[code] for code in column.codes]
+        elif isinstance(column, Labels | Names):
+            entry["data"] = [column.words[code] for code in column.codes.reshape(-1)]
         else:
             entry["data"] = np.ascontiguousarray(column.values).reshape(-1)
         entries.append(entry)
@@ -230,7 +230,7 @@ def write(head: Mapping[str, Any], outputs: Sequence[tuple[str, Column, bool]]) 
 
 
 def _bytes(column: Column) -> bytes:
-    if isinstance(column, Labels):
+    if isinstance(column, Labels | Names):
         words = [struct.pack("<I", len(word.encode())) + word.encode() for word in column.words]
-        return b"".join([words[code] for code in column.codes])
+        return b"".join([words[code] for code in column.codes.reshape(-1)])
     return column.values.astype("u1" if column.values.dtype == bool else "<f4", copy=False).tobytes()

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import scipy.sparse as sp
 
-from service.cells.columns import Labels, Values, Vectors, concatenate, n_cells, take
+from service.cells.columns import Labels, Names, Values, Vectors, concatenate, n_cells, take
 from service.errors import InvalidOption
 from service.inference import TASKS
 from service.inference.annotate import UNKNOWN
@@ -35,7 +35,7 @@ def test_an_empty_cell(tiny: Model, task) -> None:
 
     assert columns["is_empty"].values.tolist() == [False, True]
     for column in columns.values():
-        assert isinstance(column, Labels) or np.isfinite(column.values).all()
+        assert isinstance(column, Labels | Names) or np.isfinite(column.values).all()
 
 
 def test_embed(tiny: Model) -> None:
