@@ -20,7 +20,7 @@ class ImpactTable:
     """Plain gradient, mean over the same cells, (n_units + n_classes, n_genes)."""
 
     attribution: NDArray[np.float32]
-    """What each gene adds to the log-odds of a class in its own cells, from the mean cell of the reference, (n_classes, n_genes)."""
+    """What each gene adds to the log-odds of a class in its own cells, beside an empty cell, (n_classes, n_genes)."""
 
     set_names: tuple[str, ...]
     set_sizes: NDArray[np.int64]
