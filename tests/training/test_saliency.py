@@ -1,7 +1,5 @@
 """Impacts: guided back-propagation is the paper's, planted genes and sets are found, classes have contrasts."""
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
