@@ -33,7 +33,7 @@ from training import run as runs
 
 RESULT = Path(__file__).with_suffix(".json")
 TASK = TASKS["explain"]
-N_PER_CLASS, N_DELETED, SEED = 40, 20, 0
+N_PER_CLASS, N_DELETED, SEED = 30, 20, 0
 MARKERS = {
     "B": ("CD79A", "MS4A1"),
     "NK": ("NKG7", "GNLY"),
