@@ -38,7 +38,7 @@ MARKERS = {
     "B": ("CD79A", "MS4A1"),
     "NK": ("NKG7", "GNLY"),
     "Monocyte": ("LYZ", "CD14"),
-    "CD34+ progenitor": ("CD34",),
+    "CD34+ progenitor": ("CD34", "SPINK2", "PRSS57"),
     "CD8 T": ("CD8A", "CD8B"),
     "Dendritic": ("FCER1A",),
     "Platelet": ("PPBP", "PF4"),

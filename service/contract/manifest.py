@@ -298,7 +298,9 @@ class Manifest(Strict):
             tensor.name: tensor.shape for tensor in (*self.graphs["explain"].inputs, *self.graphs["explain"].outputs)
         }
         if found != wanted:
-            raise ValueError(f"explain has the tensors {found}, and not {wanted}: see docs/explain.md")
+            raise ValueError(
+                f"explain has tensors of shapes that do not fit n_genes, n_latent or labels: {found}, and not {wanted}"
+            )
 
     @property
     def id(self) -> str:

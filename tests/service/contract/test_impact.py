@@ -67,5 +67,5 @@ def test_explain_must_fit_the_model() -> None:
     """Its direction has a place for every unit and every class."""
     document, _ = parts()
     document["graphs"]["explain"]["inputs"][1]["shape"] = ["n", N_LATENT]
-    with pytest.raises(ValueError, match="explain has the tensors"):
+    with pytest.raises(ValueError, match="do not fit n_genes, n_latent or labels"):
         Manifest.model_validate(document)

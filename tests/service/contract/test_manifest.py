@@ -16,7 +16,7 @@ from service.contract.manifest import File, Graph, Manifest
 from service.errors import InvalidArtifact
 from tests import builders
 
-DOCUMENT, _ = builders.parts()
+DOCUMENT, _ = builders.parts(is_explained=False)
 # Dictionaries by names that the format does not know.
 OPEN = ("provenance.config", "provenance.packages", "provenance.hardware", "golden.tolerance")
 
