@@ -328,6 +328,80 @@ def swaps() -> str:
     return _table(("", "measured"), rows)
 
 
+def explanation() -> str:
+    """Completeness, deletion and markers in benchmarks/explanation.json, which `python -m benchmarks.explanation` writes."""
+    found = json.loads((ROOT / "benchmarks/explanation.json").read_text())
+    first = _table(
+        (
+            "integrated gradients of",
+            "baseline",
+            "completeness error, median",
+            "largest",
+            "below 1 %",
+            "gradients per cell",
+        ),
+        [
+            (
+                one["explained"],
+                one["baseline"],
+                f"{one['error_median']:.2%}",
+                f"{one['error_max']:.2%}",
+                f"{one['share_below_1_percent']:.0%}",
+                f"{one['steps_mean']:.0f}",
+            )
+            for one in found["completeness"]
+        ],
+    )
+    lost = found["deletion"]
+    second = _table(
+        ("20 genes deleted", "probability of the label lost, mean", "median", "below one half afterwards"),
+        [
+            (
+                words,
+                *(f"{lost[f'probability_lost_{kind}_{measure}']:.3f}" for measure in ("mean", "median")),
+                f"{lost[f'label_changed_{kind}']:.0%}",
+            )
+            for kind, words in (("top", "those of the explanation"), ("random", "others of the same counts"))
+        ],
+    )
+    ranks = ("rank_query", "rank_table_attribution", "rank_table_impact")
+    third = _table(
+        ("label", "gene", "rank in held-out cells", "rank in the table by attribution", "by impact"),
+        [
+            (one["label"], one["gene"], *("-" if one[rank] is None else str(one[rank]) for rank in ranks))
+            for one in found["markers"]
+        ],
+    )
+    return f"{first}\n{second}\nOf {lost['n_cells']} held-out cells.\n\n{third}"
+
+
+def units() -> str:
+    """Genes and gene sets of the units of pbmc in benchmarks/explanation.json."""
+    found = json.loads((ROOT / "benchmarks/explanation.json").read_text())["units"]
+    return _table(
+        ("unit", "first genes", "sets with q < 0.05", "first of them"),
+        [
+            (
+                str(one["unit"]),
+                ", ".join(one["genes"]),
+                str(one["n_sets"]),
+                "; ".join(f"{term['name']} ({term['q']:.1g})" for term in one["sets"]) or "-",
+            )
+            for one in found
+        ],
+    )
+
+
+def orthogonality() -> str:
+    """The expression-saliency autoencoder with and without its constraint in benchmarks/explanation.json."""
+    found = json.loads((ROOT / "benchmarks/explanation.json").read_text())["orthogonality"]
+    rows = [
+        (name.replace("_", " "), *(f"{one[name]:.3g}" for one in (found["with"], found["without"])))
+        for name in found["with"]
+    ]
+    return _table(("autoencoder on pbmc_facs, 64 units", "orthogonal", "without the constraint"), rows)
+
+
 PARTS: dict[str, Callable[[], str]] = {
     "settings": settings,
     "evaluation": evaluation,
@@ -347,6 +421,9 @@ PARTS: dict[str, Callable[[], str]] = {
     "reproducibility": reproducibility,
     "autoencoders": autoencoders,
     "swaps": swaps,
+    "explanation": explanation,
+    "units": units,
+    "orthogonality": orthogonality,
     "metrics": metric_families,
     "errors": errors,
     "tasks": tasks,

@@ -242,6 +242,40 @@ class Client:
         answer: dict[str, Any] = _checked(response).json()
         return answer
 
+    def explain(
+        self, adata: ad.AnnData, *, layer: str | None = None, gene_key: str | None = None, **options: Any
+    ) -> ad.AnnData:
+        """A copy with the genes that speak for each cell's label in obsm["top_genes"] and what they add in obsm["top_attributions"].
+
+        Options as of POST /v1/explain: `label`, `unit` or `direction` (see `direction_between`), `method`, `baseline`, `steps`, `top`.
+        Arguments and errors as of `run`.
+        """
+        return self.run("explain", adata, layer=layer, gene_key=gene_key, **options)
+
+    def direction_between(
+        self, adata: ad.AnnData, first: Any, second: Any, *, layer: str | None = None, gene_key: str | None = None
+    ) -> str:
+        """The direction in latent space from one group of cells to another, as `explain` takes it: positive genes speak for the second.
+
+        Args:
+            adata: cells by genes.
+            first: of the cells: positions, names or a mask, as adata[first] takes them.
+            second: likewise.
+            layer: as of `run`.
+            gene_key: as of `run`.
+
+        Raises:
+            ValueError: a group is empty; and as of `run`.
+        """
+        groups = [adata[first], adata[second]]
+        if any(group.n_obs == 0 for group in groups):
+            raise ValueError("a group has no cell")
+        answers = [self.embed(group, layer=layer, gene_key=gene_key) for group in groups]
+        name = json.loads(answers[0].uns["cellserve"]["embed"])["model"]["name"]
+        one, other = (answer.obsm[f"X_{name}"].mean(axis=0, dtype=np.float64) for answer in answers)
+        difference = other - one
+        return ",".join(f"{value:.9g}" for value in difference / np.linalg.norm(difference))
+
     def run(
         self,
         task: str,

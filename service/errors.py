@@ -327,6 +327,40 @@ class NoReference(CellserveError):
 
 
 @dataclass(eq=False)
+class ImpactNotOffered(CellserveError):
+    """The artifact holds no table of what its genes do."""
+
+    code = "impact_not_offered"
+    title = "The model does not say what its units are made of"
+    sentence = "Model '{model}' was exported without a table of impacts. Export it again to get one."
+    model: str
+
+
+@dataclass(eq=False)
+class UnitNotFound(CellserveError):
+    """The model has no such latent unit."""
+
+    code = "unit_not_found"
+    title = "No such unit"
+    sentence = "Model '{model}' has no latent unit '{unit}'. It has 0 to {last}."
+    model: str
+    unit: str
+    last: int
+
+
+@dataclass(eq=False)
+class LabelNotFound(CellserveError):
+    """The model has no such label."""
+
+    code = "label_not_found"
+    title = "No such label"
+    sentence = "Model '{model}' has no label '{label}'. It has {known}."
+    model: str
+    label: str
+    known: str
+
+
+@dataclass(eq=False)
 class InvalidArtifact(CellserveError):
     """A version directory is not a whole, unchanged artifact that this program understands."""
 

@@ -14,6 +14,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from service.contract import artifact
 from service.contract.gene_table import GeneTable
+from service.contract.impact import ImpactTable
 from service.contract.manifest import Manifest
 from service.contract.reference_cells import dump_cells
 
@@ -73,6 +74,7 @@ def graphs(
     has_protein: bool = False,
     has_steps: bool = False,
     is_calibrated: bool = False,
+    is_explained: bool = True,
 ) -> dict[str, bytes]:
     """encode, decode, classify and project as ONNX bytes: log1p, a linear layer and ReLU; softmax times library; softmax; linear.
 
@@ -80,7 +82,7 @@ def graphs(
 
     With `has_protein` decode also gives PROTEINS, and knows the batch 2, which is the average of 0 and 1. With `has_steps` there are also
     transform and encode_values, the logarithm of single counts and what encode does after it. With `is_calibrated` classify divides CLASSES
-    into SUBTYPES, and map_score is a sigmoid of the latent's sum.
+    into SUBTYPES, and map_score is a sigmoid of the latent's sum. With `is_explained` there is also explain, its gradient written by hand.
     """
     random = np.random.default_rng(seed)
 
@@ -121,6 +123,53 @@ def graphs(
         decode[2].append(value("protein", "n", len(PROTEINS)))
         decode[3][1] = numpy_helper.from_array(np.vstack([offsets, offsets.mean(axis=0)]), "offsets")
         decode[3].append(weight("w_protein", N_LATENT, len(PROTEINS)))
+    explain = (
+        [
+            *encode[0],
+            helper.make_node("MatMul", ["latent", "w_class"], ["logits"]),
+            helper.make_node("Softmax", ["logits"], ["p"], axis=-1),
+            helper.make_node("Sub", ["one", "p"], ["rest"]),
+            helper.make_node("Split", ["direction", "parts"], ["of_latent", "of_class"], axis=1),
+            # d log-odds / d logits for weights of the classes: weight - p (sum of r - r) with r = weight / (1 - p)
+            helper.make_node("Div", ["of_class", "rest"], ["r"]),
+            helper.make_node("ReduceSum", ["r", "last"], ["sum_r"], keepdims=1),
+            helper.make_node("Sub", ["sum_r", "r"], ["others"]),
+            helper.make_node("Mul", ["p", "others"], ["taken"]),
+            helper.make_node("Sub", ["of_class", "taken"], ["by_logits"]),
+            helper.make_node("Gemm", ["by_logits", "w_class"], ["by_class"], transB=1),
+            helper.make_node("Add", ["of_latent", "by_class"], ["by_latent"]),
+            helper.make_node("Gemm", ["by_latent", "w"], ["gradient"], transB=1),
+            helper.make_node("Mul", ["change", "gradient"], ["attribution"]),
+            helper.make_node("Div", ["p", "rest"], ["odds"]),
+            helper.make_node("Log", ["odds"], ["log_odds"]),
+            helper.make_node("Concat", ["latent", "log_odds"], ["quantities"], axis=1),
+            helper.make_node("Mul", ["quantities", "direction"], ["weighted"]),
+            helper.make_node("ReduceSum", ["weighted", "last"], ["value"], keepdims=0),
+        ],
+        [
+            value("counts", "n", n_genes),
+            value("direction", "n", N_LATENT + len(CLASSES)),
+            value("position", "n"),
+            value("baseline", "n"),
+        ],
+        [value("attribution", "n", n_genes), value("value", "n")],
+        [
+            *encode[3],
+            numpy_helper.from_array(np.array([N_LATENT, len(CLASSES)]), "parts"),
+            numpy_helper.from_array(np.array([1]), "last"),
+            numpy_helper.from_array(np.full(n_genes, 0.7, dtype=np.float32), "profile"),
+        ],
+    )
+    # The path in place of the cell: from nothing, or from the mean profile, to the logarithm of 1 + counts.
+    explain[0][2:3] = [
+        helper.make_node("Unsqueeze", ["baseline", "last"], ["is_mean"]),
+        helper.make_node("Mul", ["is_mean", "profile"], ["start"]),
+        helper.make_node("Sub", ["logged", "start"], ["change"]),
+        helper.make_node("Unsqueeze", ["position", "last"], ["place"]),
+        helper.make_node("Mul", ["change", "place"], ["way"]),
+        helper.make_node("Add", ["start", "way"], ["values"]),
+        helper.make_node("Gemm", ["values", "w", "b"], ["latent"]),
+    ]
     classify = (
         [
             helper.make_node("Gemm", ["latent", "w"], ["logits"]),
@@ -130,6 +179,7 @@ def graphs(
         [value("probabilities_cell_type", "n", len(CLASSES))],
         [weight("w", N_LATENT, len(CLASSES))],
     )
+    explain[3].append(_renamed(classify[3][0], "w_class"))
     project = (
         [helper.make_node("MatMul", ["latent", "w"], ["umap"])],
         [value("latent", "n", N_LATENT)],
@@ -137,6 +187,8 @@ def graphs(
         [weight("w", N_LATENT, 2)],
     )
     made = {"encode": encode, "decode": decode, "classify": classify, "project": project}
+    if is_explained:
+        made["explain"] = explain
     if has_steps:
         made["transform"] = (
             [helper.make_node("Add", ["count", "one"], ["shifted"]), helper.make_node("Log", ["shifted"], ["value"])],
@@ -180,6 +232,32 @@ def graphs(
     return models
 
 
+def _renamed(tensor: Any, name: str) -> Any:
+    return numpy_helper.from_array(numpy_helper.to_array(tensor), name)
+
+
+SETS = ("SET_ONE", "SET_TWO")
+
+
+def impact_table(n_genes: int = N_GENES) -> ImpactTable:
+    """Seeded impacts of the genes and of SETS on five units and three classes."""
+    random = np.random.default_rng(5)
+    n_classes, n_rows = len(CLASSES), N_LATENT + len(CLASSES)
+
+    def values(n_values: int, *shape: int) -> Any:
+        return random.uniform(0.01, 1, (n_values, *shape)).astype(np.float32)
+
+    return ImpactTable(
+        impact=values(n_rows, n_genes),
+        gradient=values(n_rows, n_genes) - np.float32(0.5),
+        attribution=values(n_classes, n_genes) - np.float32(0.5),
+        set_names=SETS,
+        set_sizes=np.array([7, 9]),
+        **{name: values(n_rows, len(SETS)) for name in ("set_impact", "set_p", "set_q")},
+        **{name: values(n_classes, len(SETS)) for name in ("set_contrast", "set_contrast_p", "set_contrast_q")},
+    )
+
+
 def _tensors(infos: Any) -> list[dict[str, Any]]:
     dtypes = {"tensor(float)": "float32", "tensor(int64)": "int64"}
     return [
@@ -201,6 +279,7 @@ def parts(
     has_steps: bool = False,
     has_reference: bool = True,
     is_calibrated: bool = False,
+    is_explained: bool = True,
     **changes: Any,
 ) -> tuple[dict[str, Any], dict[str, bytes]]:
     """The manifest as a plain document, and the contents of the files; `changes` replace members of the manifest.
@@ -208,7 +287,9 @@ def parts(
     Without a reference the model lacks what came with it: the reference cells, project, and the variance of decode.
     """
     table = gene_table(n_genes)
-    onnx_bytes = graphs(n_genes, seed, has_protein, has_steps, is_calibrated)
+    # The gradient written by hand knows one label level.
+    is_explained = is_explained and not is_calibrated
+    onnx_bytes = graphs(n_genes, seed, has_protein, has_steps, is_calibrated, is_explained)
     if not has_reference:
         del onnx_bytes["project"]
         decode = onnx.load_from_string(onnx_bytes["decode"])
@@ -225,6 +306,12 @@ def parts(
         session = ort.InferenceSession(content, providers=["CPUExecutionProvider"])
         if graph == "decode":
             golden |= {"decode/library": golden["encode/counts"].sum(axis=1), "decode/batch": np.arange(9) % 2}
+        if graph == "explain":
+            shape = (9, N_LATENT + len(CLASSES))
+            golden["explain/counts"] = golden["encode/counts"]
+            golden["explain/direction"] = np.random.default_rng(3).standard_normal(shape).astype(np.float32)
+            golden["explain/position"] = np.linspace(0, 1, 9, dtype=np.float32)
+            golden["explain/baseline"] = (np.arange(9) % 2).astype(np.float32)
         if "latent" in {info.name for info in session.get_inputs()}:
             golden[f"{graph}/latent"] = golden["encode/latent"]
         inputs = {info.name: golden[f"{graph}/{info.name}"] for info in session.get_inputs()}
@@ -248,6 +335,13 @@ def parts(
         reference, files = reference_cells(onnx_bytes["encode"], n_genes)
         contents |= files
     more = calibrated_parts(contents) if is_calibrated else {}
+    if is_explained:
+        table_bytes = io.BytesIO()
+        np.savez_compressed(table_bytes, **impact_table(n_genes).arrays())
+        contents["reference/impact.npz"] = table_bytes.getvalue()
+        source = {"name": "sets.gmt", "sha256": "0" * 64, "licence": "CC0", "n_sets": len(SETS)}
+        about = {"file": "reference/impact.npz", "n_cells": 9, "min_set_genes": 5, "max_set_genes": 500}
+        more["impact"] = {**about, "gene_sets": [source]}
     outputs = [f"{graph}/{tensor['name']}" for graph, entry in signature.items() for tensor in entry["outputs"]]
     document = {
         "schema_version": 1,

@@ -252,6 +252,14 @@ class Export(Strict):
     """What a client gets who asks for a batch that was not trained on: a refusal, or `decode_default` and a word of it in the answer. None:
     default where the decoder has a code for the average batch, refuse elsewhere."""
 
+    gene_sets: tuple[str, ...] = ()
+    """GMT files whose sets the model's units and labels are compared with: registered ones by name (`python -m training datasets` lists
+    them under gene_sets), or paths. docs/explain.md."""
+
+    min_set_genes: Annotated[int, Field(gt=0)] = 5
+    max_set_genes: Annotated[int, Field(gt=0)] = 500
+    """Sets with fewer or more genes in the model are left out."""
+
     n_golden: Annotated[int, Field(gt=0)] = 16
     """Held-out cells stored with their outputs; an empty cell is added."""
 

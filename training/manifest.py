@@ -18,7 +18,7 @@ from service.contract.manifest import (
     Provenance,
 )
 from service.inference.session import Runtime, Session
-from training import archive, imputation, missing_genes, parity, reference_space
+from training import archive, explanation, imputation, missing_genes, parity, reference_space, saliency
 from training.calibration.graphs import complete
 from training.data import source
 from training.data.prepared import encode_cells
@@ -40,7 +40,7 @@ N_RANGE = 2_048
 
 
 def build(
-    run: Run, version: str, precision: Precision = "float32", with_projection: bool = True
+    run: Run, version: str, precision: Precision = "float32", for_serving: bool = True
 ) -> tuple[Manifest, dict[str, bytes]]:
     """Manifest and files of a run, compared with torch in float64 on held-out cells; the card is still empty.
 
@@ -48,16 +48,19 @@ def build(
         run: a finished run.
         version: of the artifact.
         precision: of the encoder's first layer; other than float32 is another model, and has another name.
-        with_projection: false for a model that is thrown away again: the picture of the reference takes the most time.
+        for_serving: false for a model that is thrown away again, without what only describes it and takes the most time: the picture of the
+            reference, impacts, and what missing genes do.
 
     Raises:
         NothingToQuantise: the encoder has no layer to quantise.
         OutsideTolerance: they disagree.
     """
     torch.manual_seed(run.config.seed)
-    inputs = with_values(run.family, held_out_inputs(run, run.config.export.n_parity))
     graphs = exported_graphs(run.family, run.config.export.spread)
     graphs = complete(graphs, run.config.label_levels, run.calibration)
+    explaining = graphs[explanation.NAME] = explanation.graph(run.family, run.prepared)
+    inputs = with_values(run.family, held_out_inputs(run, run.config.export.n_parity))
+    inputs |= explanation.example_inputs(explaining, inputs)
     example = {name: torch.from_numpy(array[:2]) for name, array in inputs.items()}
     example["latent"] = torch.zeros(2, run.config.hyperparameters.n_latent)
     contents = {f"{name}.onnx": to_onnx(graph, example) for name, graph in graphs.items()}
@@ -73,7 +76,7 @@ def build(
         for name in graphs
     }
     sessions = {name: Session(contents[graph.file], graph, Runtime(), graph.file) for name, graph in signatures.items()}
-    space = reference_space.build(run, sessions, with_projection)
+    space = reference_space.build(run, sessions, for_serving)
     if space is not None and space.projector is not None:
         graphs["project"] = Graph(space.projector, ("latent",), ("umap",))
         contents["project.onnx"] = to_onnx(graphs["project"], example)
@@ -85,20 +88,28 @@ def build(
     differences = parity.compare(
         parity.run_sessions(sessions, input_names, inputs), parity.run_torch(graphs, inputs), precision
     )
-    golden = parity.run_sessions(sessions, input_names, with_values(run.family, golden_inputs(run)))
+    golden_cells = with_values(run.family, golden_inputs(run))
+    golden_cells |= explanation.example_inputs(explaining, golden_cells)
+    golden = parity.run_sessions(sessions, input_names, golden_cells)
     golden_tolerance = {
         f"{name}/{tensor.name}": parity.tolerance(f"{name}/{tensor.name}", golden[f"{name}/{tensor.name}"], precision)
         for name, graph in signatures.items()
         for tensor in graph.outputs
     }
     table, ambiguous = gene_table(run.family, run.prepared, run.config.species)
+    levels = label_levels(run) if "classify" in graphs else ()
     calibration = run.calibration
-    if calibration is not None and calibration.conformal is not None:
-        contents[calibration.conformal.file] = archive.dump(calibration.scores)
     contents |= {GENES: table.dump(), GOLDEN: archive.dump(golden), artifact.CARD: b""}
     contents |= {AMBIGUOUS: ambiguous_names.dump(ambiguous)} if ambiguous else {}
     contents |= space.contents if space is not None else {}
-    levels = label_levels(run) if "classify" in graphs else ()
+    if calibration is not None and calibration.conformal is not None:
+        contents[calibration.conformal.file] = archive.dump(calibration.scores)
+    impact, effect_of_missing = None, None
+    if for_serving:
+        impact, impact_table = saliency.build(run, explaining.module, table)
+        contents[impact.file] = archive.dump(impact_table.arrays())
+        known = missing_genes.Graphs(sessions, signatures, levels[0].name if levels else None)
+        effect_of_missing = missing_genes.measure(run, known, table.encoder_weight)
     manifest = Manifest(
         name=variant_name(run, precision),
         version=version,
@@ -122,13 +133,10 @@ def build(
         conformal=calibration.conformal if calibration else None,
         unknown=calibration.unknown if calibration else None,
         modalities=tuple(modality(run, found) for found in run.family.imputes),
-        missing_genes=missing_genes.measure(
-            run,
-            missing_genes.Graphs(sessions, signatures, levels[0].name if levels else None),
-            table.encoder_weight,
-        ),
+        missing_genes=effect_of_missing,
         reference=space.manifest if space is not None else None,
         metrics=space.metrics if space is not None else {},
+        impact=impact,
         golden=Golden(file=GOLDEN, tolerance=golden_tolerance),
         parity=Parity(n_cells=len(inputs["counts"]), outputs=differences),
         provenance=provenance(run),

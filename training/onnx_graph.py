@@ -1,12 +1,16 @@
 """A torch module as ONNX bytes that repeat exactly and say nothing about the machine that made them."""
 
+import copy
 import logging
 import warnings
 from typing import Literal
 
 import onnx
 import torch
-from onnx import TensorProto
+from onnx import TensorProto, helper, numpy_helper
+from torch import nn
+from torch._decomp import core_aten_decompositions
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from service.contract.manifest import Graph as Signature
 from service.contract.manifest import Tensor
@@ -17,6 +21,7 @@ OPSET = 18
 
 PRODUCER = "cellserve"
 Precision = Literal["float32", "int8"]
+_TRACED_CELLS = 10_007
 _DTYPES = {TensorProto.FLOAT: "float32", TensorProto.INT64: "int64"}
 
 
@@ -31,13 +36,14 @@ def to_onnx(graph: Graph, example: dict[str, torch.Tensor]) -> bytes:
         A checked ONNX file whose only free axis is the first, "n".
     """
     arguments = tuple(example[name] for name in graph.inputs)
+    module = _without_autograd(graph.module.eval(), arguments) if graph.takes_gradient else graph.module.eval()
     for name in ("torch.onnx", "onnxscript"):
         logging.getLogger(name).setLevel(logging.ERROR)
     with warnings.catch_warnings():
         # torch 2.13's exporter looks at the leaves of its trees in a way that it has deprecated itself.
         warnings.filterwarnings("ignore", r"`isinstance\(treespec, LeafSpec\)`", FutureWarning)
         program = torch.onnx.export(
-            graph.module.eval(),
+            module,
             arguments,
             dynamo=True,
             opset_version=OPSET,
@@ -48,6 +54,8 @@ def to_onnx(graph: Graph, example: dict[str, torch.Tensor]) -> bytes:
         )
     model = program.model_proto
     strip(model)
+    if graph.takes_gradient:
+        _share_transposed(model.graph)
     onnx.checker.check_model(model, full_check=True)
     # Deterministic, so that fields of map type come in one order.
     return model.SerializeToString(deterministic=True)
@@ -68,6 +76,35 @@ def _tensor(value: onnx.ValueInfoProto) -> Tensor:
     kind = value.type.tensor_type
     shape = tuple(axis.dim_value if axis.HasField("dim_value") else axis.dim_param for axis in kind.shape.dim)
     return Tensor(name=value.name, dtype=_DTYPES[kind.elem_type], shape=shape)
+
+
+def _without_autograd(module: nn.Module, arguments: tuple[torch.Tensor, ...]) -> nn.Module:
+    """The module with its gradient as operators of its own, each of them one that the exporter knows."""
+    module = copy.deepcopy(module).requires_grad_(False)
+    table = core_aten_decompositions()
+    # The tracer takes sizes that are equal for the same size, and no layer is this wide. Nothing is computed of these cells.
+    cells = tuple(argument.new_zeros(_TRACED_CELLS, *argument.shape[1:]) for argument in arguments)
+    trace = make_fx(module, decomposition_table=table, tracing_mode="symbolic", _allow_non_fake_inputs=True)
+    traced: nn.Module = trace(*cells)
+    return traced.eval()
+
+
+def _share_transposed(graph: onnx.GraphProto) -> None:
+    """Keep one copy of weights that the graph uses both ways: forward, and transposed on the way back."""
+    kept: dict[bytes, str] = {}
+    nodes, initializers = [], []
+    for tensor in graph.initializer:
+        array = numpy_helper.to_array(tensor)
+        other = kept.get(array.T.tobytes()) if array.ndim == 2 and min(array.shape) > 1 else None
+        if other is None:
+            kept[array.tobytes()] = tensor.name
+            initializers.append(tensor)
+        else:
+            nodes.append(helper.make_node("Transpose", [other], [tensor.name], f"Transpose_of_{other}", perm=[1, 0]))
+    nodes.extend(graph.node)
+    del graph.node[:], graph.initializer[:]
+    graph.node.extend(nodes)
+    graph.initializer.extend(initializers)
 
 
 def strip(model: onnx.ModelProto) -> None:

@@ -36,7 +36,7 @@ def run_torch(graphs: Mapping[str, Graph], inputs: Mapping[str, NDArray[np.gener
 
     Args:
         graphs: encode first; their modules are copied, not changed.
-        inputs: counts, library and batch of the cells, and what `with_values` adds; the latent is what encode gives.
+        inputs: counts, library and batch of the cells, and what else is given; the latent is what encode gives.
     """
     # In one copy, so that what modules share stays shared.
     graphs = copy.deepcopy(dict(graphs))

@@ -62,7 +62,7 @@ def map_query(run: Run, query: AnnData) -> AnnData:
         TooFewGenes, NotRawCounts: as a server would say it.
     """
     with tempfile.TemporaryDirectory() as scratch:
-        manifest, contents = build(run, "mapped", with_projection=False)
+        manifest, contents = build(run, "mapped", for_serving=False)
         model = serving.load(artifact.read(artifact.write(Path(scratch), manifest, contents)), Runtime())
     names = tuple(map(str, np.where(query.var["gene_id"] != "", query.var["gene_id"], query.var["gene_symbol"])))
     ready = prepare(model, Cells(genes=names, counts=query.X.tocsr(), cell_ids=tuple(query.obs_names)))

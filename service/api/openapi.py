@@ -5,7 +5,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from service.api import oip_openapi, problems
+from service.api import explanations, oip_openapi, problems
 from service.api.tasks import MODEL_OPTION
 from service.cells.formats import BODIES, FORMATS, IN_MEMORY
 from service.inference import TASKS
@@ -68,6 +68,7 @@ def document() -> dict[str, Any]:
         "/v1/models/{name}/versions/{version}/reference": {"get": {**reference, "parameters": [name, version]}},
         "/v1/models/{name}/versions/{version}": {"get": {**model, "parameters": [name, version]}},
         "/v1/models/{name}/versions/{version}/genes": {"get": {**genes, "parameters": [name, version]}},
+        **_explanations(name, version),
         "/v1/models/{name}/ready": {"get": ready},
         "/v1/models/{name}/versions/{version}/ready": {"get": {**ready, "parameters": [name, version]}},
         "/v1/requests/{request_id}": {
@@ -113,6 +114,37 @@ def document() -> dict[str, Any]:
         "paths": paths,
         "components": {"schemas": {"Problem": _problem_schema(), **oip_openapi.SCHEMAS}},
     }
+
+
+def _explanations(name: dict[str, Any], version: dict[str, Any]) -> dict[str, Any]:
+    """What units and labels are made of."""
+    top = {
+        "name": "top",
+        "in": "query",
+        "required": False,
+        "description": f"Genes, and gene sets, to give; {explanations.TOP} by default.",
+        "schema": {"type": "integer", "minimum": 1, "maximum": explanations.MAX_TOP},
+    }
+    unit, level = _path_parameter("unit", "Latent unit, from 0."), _path_parameter("level", "Label level.")
+    label = _path_parameter("label", "Class; a slash in it may stand as it is.")
+    one_of = (400, *_OF_MODELS)
+    paths: dict[str, Any] = {}
+    for model, place in (("/v1/models/{name}", [name]), ("/v1/models/{name}/versions/{version}", [name, version])):
+        kinds: tuple[tuple[str, str, list[Any], tuple[int, ...]], ...] = (
+            ("/units", "Every latent unit with its first genes and gene sets", [], _OF_MODELS),
+            ("/units/{unit}", "Genes and gene sets of a latent unit, with effect, p and q", [unit, top], one_of),
+            ("/labels", "Every label with its first genes and gene sets", [], _OF_MODELS),
+            (
+                "/labels/{level}/{label}",
+                "Genes and gene sets of a label, and its contrast",
+                [level, label, top],
+                one_of,
+            ),
+        )
+        for path, summary, parameters, statuses in kinds:
+            content = _json({"type": "object"})
+            paths[model + path] = {"get": _get(summary, "models", content, [*place, *parameters], statuses)}
+    return paths
 
 
 def _operation(task: Task) -> dict[str, Any]:

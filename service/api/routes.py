@@ -8,7 +8,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from service import metrics
-from service.api import catalogue, genes_check, health, oip, oip_infer, openapi, problems, whole_query
+from service.api import catalogue, explanations, genes_check, health, oip, oip_infer, openapi, problems, whole_query
 from service.api.access import Access, route
 from service.api.drain import Draining
 from service.api.request_id import RequestId
@@ -34,6 +34,7 @@ def build_api(state: State) -> Starlette:
         route("/v1/models/{name}/versions/{version}", catalogue.show_model, "GET"),
         route("/v1/models/{name}/versions/{version}/genes", catalogue.show_genes, "GET"),
         route("/v1/models/{name}/versions/{version}/reference", catalogue.show_reference, "GET"),
+        *explanation_routes(),
         *oip_routes(),
         route("/v1/models/{name}/ready", health.model_ready, "GET"),
         route("/v1/models/{name}/versions/{version}/ready", health.model_ready, "GET"),
@@ -60,6 +61,19 @@ def build_api(state: State) -> Starlette:
     app.router.redirect_slashes = False
     app.state.cellserve = state
     return app
+
+
+def explanation_routes() -> list[Route]:
+    """What the units and labels of a model are made of."""
+    models = ("/v1/models/{name}", "/v1/models/{name}/versions/{version}")
+    paths = {
+        "/units": explanations.list_units,
+        "/units/{unit}": explanations.show_unit,
+        "/labels": explanations.list_labels,
+        # A label may hold a slash.
+        "/labels/{level}/{label:path}": explanations.show_label,
+    }
+    return [route(model + path, endpoint, "GET") for model in models for path, endpoint in paths.items()]
 
 
 def oip_routes() -> list[Route]:

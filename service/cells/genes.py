@@ -136,6 +136,11 @@ class GeneIndex:
         return self.table.gene_symbol[position] or self.table.gene_id[position]
 
     @cached_property
+    def displays(self) -> tuple[str, ...]:
+        """`display` of every gene of the model, in order."""
+        return tuple(map(self.display, range(len(self.table))))
+
+    @cached_property
     def locate(self) -> Callable[[tuple[str, ...]], tuple[NDArray[np.int32], AlignmentReport]]:
         """`_locate`, remembering the last gene lists: a client sends the same one with every request."""
         return lru_cache(maxsize=16)(self._locate)

@@ -277,6 +277,31 @@ class Golden(Strict):
     """Largest absolute difference allowed per output, keyed `<graph>/<tensor>`."""
 
 
+class GeneSetFile(Strict):
+    """A GMT file whose sets a model was looked at with."""
+
+    name: str
+    sha256: Sha256
+    licence: str
+    n_sets: Annotated[int, Field(ge=0)]
+    """Of its sets, those with enough and not too many genes in the model."""
+
+
+class Impact(Strict):
+    """What each gene does to every latent unit and label, in a table."""
+
+    file: FileName
+    """npz; service/contract/impact.py says what it holds."""
+
+    n_cells: Annotated[int, Field(gt=0)]
+    """Cells of the reference that impacts are means over."""
+
+    gene_sets: tuple[GeneSetFile, ...] = ()
+    min_set_genes: Annotated[int, Field(gt=0)]
+    max_set_genes: Annotated[int, Field(gt=0)]
+    """Sets with fewer or more genes in the model are left out."""
+
+
 class DataSource(Strict):
     """A data set that the model was trained on."""
 
@@ -335,6 +360,9 @@ class Manifest(Strict):
     reference: Reference | None = None
     """None: the model does not offer map."""
 
+    impact: Impact | None = None
+    """Of genes and gene sets; null for a model without."""
+
     calibration: dict[str, LevelCalibration] = {}
     """What was done to the probabilities, by level; a level that is not named is as the network gives it."""
 
@@ -357,6 +385,7 @@ class Manifest(Strict):
             named += [self.reference.latent, self.reference.cells, *filter(None, [self.reference.umap])]
         named += [self.genes.ambiguous_names] if self.genes.ambiguous_names else []
         named += [self.conformal.file] if self.conformal else []
+        named += [self.impact.file] if self.impact else []
         if missing := sorted(set(named) - set(self.files)):
             raise ValueError(f"files does not list {', '.join(missing)}")
         proven = {f"{name}/{output.name}" for name, graph in self.graphs.items() for output in graph.outputs}
@@ -384,6 +413,7 @@ class Manifest(Strict):
             output = decoded.get(modality.name)
             if output is None or output.shape != ("n", len(modality.features)):
                 raise ValueError(f"decode has no output {modality.name} of shape [n, {len(modality.features)}]")
+        self._check_explain()
         outputs = (
             {output.name: output for output in self.graphs["classify"].outputs} if "classify" in self.graphs else {}
         )
@@ -425,6 +455,26 @@ class Manifest(Strict):
             raise ValueError(f"encode_values must take values [n, {self.genes.n_genes}]")
         if second.outputs != self.graphs["encode"].outputs:
             raise ValueError("encode_values must give what encode gives")
+
+    def _check_explain(self) -> None:
+        if "explain" not in self.graphs:
+            return
+        width = self.n_latent + sum(len(level.classes) for level in self.labels)
+        wanted = {
+            "counts": ("n", self.genes.n_genes),
+            "direction": ("n", width),
+            "position": ("n",),
+            "baseline": ("n",),
+            "attribution": ("n", self.genes.n_genes),
+            "value": ("n",),
+        }
+        found = {
+            tensor.name: tensor.shape for tensor in (*self.graphs["explain"].inputs, *self.graphs["explain"].outputs)
+        }
+        if found != wanted:
+            raise ValueError(
+                f"explain has tensors of shapes that do not fit n_genes, n_latent or labels: {found}, and not {wanted}"
+            )
 
     @property
     def id(self) -> str:

@@ -11,10 +11,11 @@ from service.errors import InvalidArtifact
 
 # Everything that one export needs, and nothing with a body (Loop, If, Scan) or a side effect. Extended when a family needs more.
 OPERATORS = frozenset(
-    """Abs Add BatchNormalization Cast Clip Concat Constant ConstantOfShape CumSum DequantizeLinear Div Elu Erf Exp Expand Flatten Gather Gelu
-    Gemm Greater GreaterOrEqual HardSigmoid Identity LayerNormalization LeakyRelu Less LessOrEqual Log LogSoftmax MatMul Max Min Mul Neg
-    OneHot PRelu Pow QuantizeLinear Range Reciprocal ReduceL2 ReduceMax ReduceMean ReduceSum Relu Reshape Shape Sigmoid Sign Slice
-    Softmax Softplus Split Sqrt Squeeze Sub Sum Tanh TopK Transpose Unsqueeze Where""".split()  # noqa: SIM905 - read as a list of words
+    """Abs Add BatchNormalization Cast Clip Concat Constant ConstantOfShape CumSum DequantizeLinear Div Elu Equal Erf Exp Expand Flatten Gather
+    Gelu Gemm Greater GreaterOrEqual HardSigmoid Identity LayerNormalization LeakyRelu Less LessOrEqual Log LogSoftmax MatMul Max Min Mul
+    Neg OneHot PRelu Pow QuantizeLinear Range Reciprocal ReduceL2 ReduceMax ReduceMean ReduceSum Relu Reshape ScatterElements ScatterND
+    Shape Sigmoid Sign Slice Softmax Softplus Split Sqrt Squeeze Sub Sum Tanh TopK Transpose Unsqueeze Where
+    """.split()  # noqa: SIM905 - read as a list of words
 )
 
 VARINT, FIXED64, BYTES, FIXED32 = 0, 1, 2, 5

@@ -1,5 +1,6 @@
 """A loaded model: its sessions, its genes, and the arithmetic that tasks share."""
 
+import zipfile
 from dataclasses import dataclass
 
 import numpy as np
@@ -8,6 +9,7 @@ from numpy.typing import NDArray
 
 from service.cells.genes import GeneIndex
 from service.contract.artifact import Artifact
+from service.contract.impact import ImpactTable
 from service.contract.manifest import Manifest
 from service.errors import GoldenMismatch, InvalidArtifact
 from service.inference import encoding
@@ -36,6 +38,8 @@ class Model:
 
     prediction_sets: PredictionSets | None = None
     """Of models whose calibration scores travel with them."""
+    impact: ImpactTable | None = None
+    """Of genes on latent units and labels; None for a model without."""
 
     @property
     def id(self) -> str:
@@ -54,6 +58,28 @@ class Model:
         if not counts.shape[0]:
             return np.zeros((0, self.manifest.n_latent), dtype=np.float32)
         return encoding.encode(self.sessions, counts)
+
+    def explain(
+        self,
+        counts: sp.csr_matrix,
+        direction: NDArray[np.float32],
+        position: NDArray[np.float32],
+        baseline: NDArray[np.float32],
+    ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """Input times gradient at a place on the path from a baseline to each cell, and what is explained there.
+
+        Args:
+            counts: raw counts aligned to the model's genes, shape (n_cells, n_genes), at least one cell.
+            direction: weights of the latent units and of the log-odds of every class, level by level, (n_cells, n_latent + n_classes).
+            position: 0 at the baseline, 1 at the cell, (n_cells,).
+            baseline: 0 for an empty cell, 1 for the mean of the reference's, (n_cells,).
+
+        Returns:
+            Attribution (n_cells, n_genes) and value (n_cells,), float32.
+        """
+        more = {"direction": direction, "position": position, "baseline": baseline}
+        outputs = encoding.run_counts(self.sessions["explain"], counts, more)
+        return outputs["attribution"], outputs["value"]
 
     def decode(
         self, latent: NDArray[np.float32], library_size: NDArray[np.float32], batch: str | None = None
@@ -195,6 +221,7 @@ def load(artifact: Artifact, runtime: Runtime, is_quiet: bool = False) -> Model:
         golden_counts=_filled(golden["encode/counts"]),
         reference=Nearest(artifact.reference) if artifact.reference is not None else None,
         prediction_sets=read_sets(artifact),
+        impact=_impact(artifact),
     )
     if "transform" in sessions:
         zero = sessions["transform"].run_flat(
@@ -208,3 +235,16 @@ def load(artifact: Artifact, runtime: Runtime, is_quiet: bool = False) -> Model:
     counts = sp.csr_matrix(golden["encode/counts"])
     prove("encode/latent", model.encode(counts))
     return model
+
+
+def _impact(artifact: Artifact) -> ImpactTable | None:
+    manifest = artifact.manifest
+    if manifest.impact is None:
+        return None
+    n_classes = sum(len(level.classes) for level in manifest.labels)
+    try:
+        content = artifact.contents[manifest.impact.file]
+        return ImpactTable.parse(content, manifest.n_latent, n_classes, manifest.genes.n_genes)
+    except (ValueError, OSError, KeyError, zipfile.BadZipFile) as error:
+        path = str(artifact.path / manifest.impact.file)
+        raise InvalidArtifact(path=path, problem=f"it is no table of impacts: {error}") from None

@@ -4,7 +4,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from service import metrics
-from service.contract.manifest import Distribution, LabelLevel, Manifest
+from service.contract.annotation import LabelLevel
+from service.contract.manifest import Distribution, Manifest
 
 
 def column_suffix(manifest: Manifest, level: LabelLevel) -> str:

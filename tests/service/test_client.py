@@ -1,6 +1,7 @@
 """The client: where counts are found, how answers fill an AnnData, and what a refusal looks like."""
 
 import json
+from pathlib import Path
 
 import anndata as ad
 import numpy as np
@@ -180,3 +181,26 @@ def test_votes(url: str, tmp_path) -> None:
     by_latent.write_h5ad(tmp_path / "voted.h5ad")
     about = json.loads(ad.read_h5ad(tmp_path / "voted.h5ad").uns["cellserve"]["vote"])
     assert about["depends_on"] == "all cells of the data set"
+
+
+def test_explanations(adata: ad.AnnData, tmp_path: Path) -> None:
+    """Names of genes and what they add come as two tables in obsm, in pieces or not; they can be written and read; groups have a direction."""
+    write_artifact(tmp_path)
+    with running_server(tmp_path) as url, Client(url, cells_per_request=4) as client:
+        explained = client.explain(adata, label="NK", top=3)
+        direction = client.direction_between(adata, [0, 1], [2, 3, 4])
+        along = client.explain(adata, direction=direction)
+        with pytest.raises(ValueError, match="no cell"):
+            client.direction_between(adata, [], [1])
+        latent = client.embed(adata).obsm["X_tiny"]
+
+    assert explained.obsm["top_genes"].shape == explained.obsm["top_attributions"].shape == (6, 3)
+    assert set(explained.obsm["top_genes"].to_numpy().ravel()) <= set(adata.var_names)
+    assert explained.obs["explained"].tolist() == ["NK"] * 6
+    explained.write_h5ad(tmp_path / "explained.h5ad")
+    again = ad.read_h5ad(tmp_path / "explained.h5ad")
+    assert (again.obsm["top_genes"].to_numpy() == explained.obsm["top_genes"].to_numpy()).all()
+    weights = np.array([float(value) for value in direction.split(",")])
+    difference = latent[[2, 3, 4]].mean(axis=0) - latent[[0, 1]].mean(axis=0)
+    np.testing.assert_allclose(weights, difference / np.linalg.norm(difference), rtol=1e-5)
+    np.testing.assert_allclose(along.obs["value"], latent @ weights, rtol=1e-4, atol=1e-5)

@@ -70,8 +70,8 @@ def test_training_twice_gives_the_same_bytes(family_run: FamilyRun, exported: Pa
         for file in exported.rglob("*.*")
         if file.suffix in (".onnx", ".npz", ".npy", ".tsv")
     ]
-    assert {"encode.onnx", "decode.onnx", "classify.onnx", "genes.tsv", "golden.npz"} <= set(names)
-    assert {"reference/cells.tsv", "reference/latent.npy"} <= set(names)
+    assert {"encode.onnx", "decode.onnx", "classify.onnx", "explain.onnx", "genes.tsv", "golden.npz"} <= set(names)
+    assert {"reference/cells.tsv", "reference/latent.npy", "reference/impact.npz"} <= set(names)
     assert [(path / name).read_bytes() for name in names] == [(exported / name).read_bytes() for name in names]
 
 
@@ -133,6 +133,7 @@ def test_the_manifest_says_where_the_model_comes_from(exported: Path, family_run
     assert set(manifest.provenance.packages) >= {"torch", "onnxruntime", "python"}
     assert manifest.provenance.config == family_run[0].config.model_dump(mode="json")
     expected = {"encode/latent", "decode/expression", "classify/probabilities_cell_type"}
+    expected |= {"explain/attribution", "explain/value"}
     expected |= {f"decode/{modality.name}" for modality in manifest.modalities}
     if family_run[0].config.family in WITH_SPREAD:
         expected |= {"decode/expression_variance"}
@@ -159,7 +160,7 @@ def test_a_model_without_labels_is_exported_without_classify(tiny_sets: None, tm
     """Graphs that a model lacks are left out; nothing else changes."""
     made = run.fit(tiny_config(labels=[]), tmp_path / "run", show_progress=False)
     manifest = artifact.read_manifest(exporting.export(made, tmp_path / "store"))
-    assert set(manifest.graphs) == {"encode", "decode"}
+    assert set(manifest.graphs) == {"encode", "decode", "explain"}
     assert manifest.labels == ()
     assert manifest.metrics == {}
 

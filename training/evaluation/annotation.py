@@ -81,7 +81,7 @@ def compare_methods(run: Run, is_across: bool = True, show: Callable[[str], obje
         return []
     rows = []
     with tempfile.TemporaryDirectory() as scratch:
-        manifest, contents = build(run, "evaluated", with_projection=False)
+        manifest, contents = build(run, "evaluated", for_serving=False)
         model = serving.load(artifact.read(artifact.write(Path(scratch), manifest, contents)), Runtime())
     show("annotation within sets")
     methods = {"ours": served(model), **regressions(run.prepared)}

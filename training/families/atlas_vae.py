@@ -132,9 +132,9 @@ class AtlasVAE(ObservingFamily):
         assert isinstance(hyperparameters, AtlasVAEHyperparameters)
         return (hyperparameters.constraint_key,) if hyperparameters.constraint_weight else ()
 
-    def encode(self, counts: Tensor) -> Tensor:
-        """Raw counts (n, n_genes) to the posterior's mean (n, n_latent)."""
-        return self.to_mean(self._encoded(counts)[0])
+    def encode_values(self, values: Tensor, counts: Tensor) -> Tensor:
+        """Transformed counts (n, n_genes) to the posterior's mean (n, n_latent)."""
+        return self.to_mean(self._encoded(values, counts)[0])
 
     def features(self, latent: Tensor, library: Tensor, batch: Tensor) -> Tensor:  # noqa: ARG002 - a decoder's signature
         """The decoder's last hidden layer; batch n_batches is the average one."""
@@ -148,7 +148,7 @@ class AtlasVAE(ObservingFamily):
         """Evidence bound in nats per cell with one draw of the latent, and what else has a weight."""
         hp = self.hyperparameters
         batch = self.batches.known_or_average(example.batch)
-        features, entropy = self._encoded(example.counts)
+        features, entropy = self._encoded(self.transform(example.counts), example.counts)
         mean, log_variance = self.to_mean(features), self.to_log_variance(features).clamp(-8.0, 4.0)
         latent = mean + torch.exp(0.5 * log_variance) * torch.randn_like(mean)
         decoded = self.features(latent, example.target.sum(dim=1), batch)
@@ -214,9 +214,9 @@ class AtlasVAE(ObservingFamily):
             axes |= {f"classifier.heads.{level}.weight": (known, None), f"classifier.heads.{level}.bias": (known,)}
         return axes
 
-    def _encoded(self, counts: Tensor) -> tuple[Tensor, Tensor | None]:
+    def _encoded(self, values: Tensor, counts: Tensor) -> tuple[Tensor, Tensor | None]:
         """Features (n, n_features), and the entropy of TabNet's masks."""
-        values, entropy = self.input_dropout(self.transform(counts)), None
+        values, entropy = self.input_dropout(values), None
         if isinstance(self.encoder, TabNet):
             features, entropy = self.encoder(values)
         else:

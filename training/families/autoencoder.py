@@ -78,9 +78,9 @@ class Autoencoder(ObservingFamily):
         self.add_heads(decoder_widths[-1])
         self.classifier = build_classifier(hp, statistics)
 
-    def encode(self, counts: Tensor) -> Tensor:
-        """Raw counts (n, n_genes) to latent (n, n_latent)."""
-        return self._latent(self.transform(counts))
+    def encode_values(self, values: Tensor, counts: Tensor) -> Tensor:  # noqa: ARG002 - an encoder's signature
+        """Transformed counts (n, n_genes) to latent (n, n_latent)."""
+        return self._latent(values)
 
     def features(self, latent: Tensor, library: Tensor, batch: Tensor) -> Tensor:  # noqa: ARG002 - a decoder's signature
         """The decoder's last hidden layer."""

@@ -108,13 +108,13 @@ class CiteAutoencoder(Family):
         assert isinstance(hyperparameters, CiteAutoencoderHyperparameters)
         return (hyperparameters.protein_key,)
 
-    def encode(self, counts: Tensor) -> Tensor:
-        """Raw counts (n, n_genes) to latent (n, n_latent), without protein."""
-        return self._latent(counts, self.absent_protein.expand(len(counts), -1))
+    def encode_values(self, values: Tensor, counts: Tensor) -> Tensor:
+        """Transformed counts (n, n_genes) to latent (n, n_latent), without protein."""
+        return self._latent(values, self.absent_protein.expand(counts.shape[0], -1))
 
     def encode_both(self, counts: Tensor, protein: Tensor) -> Tensor:
         """Raw counts (n, n_genes) and antibodies' counts (n, n_antibodies), NaN where unknown, to latent (n, n_latent)."""
-        return self._latent(counts, self._protein_code(protein, _is_known(protein)))
+        return self._latent(self.transform(counts), self._protein_code(protein, _is_known(protein)))
 
     def decode(self, latent: Tensor, library: Tensor, batch: Tensor) -> Tensor:
         """Expected counts (n, n_genes)."""
@@ -133,7 +133,7 @@ class CiteAutoencoder(Family):
         # Validated as it is served: without protein, unless the encoder never learned to be.
         hidden = torch.rand(len(protein), device=protein.device) < hp.protein_dropout
         seen = known & ~(hidden if self.training else torch.full_like(known, hp.protein_dropout > 0))
-        latent = self._latent(example.counts, self._protein_code(protein, seen))
+        latent = self._latent(self.transform(example.counts), self._protein_code(protein, seen))
         values, found = self._values(latent, example.batch)
         rna = squared_error(self.transform(example.target), values).mean()
         target = self.protein_transform(protein)
@@ -161,8 +161,8 @@ class CiteAutoencoder(Family):
         codes = self.protein_encoder(torch.nan_to_num(self.protein_transform(protein)))
         return torch.where(seen[:, None], codes, self.absent_protein)
 
-    def _latent(self, counts: Tensor, protein_code: Tensor) -> Tensor:
-        features = self.encoder(self.input_dropout(self.transform(counts)))
+    def _latent(self, values: Tensor, protein_code: Tensor) -> Tensor:
+        features = self.encoder(self.input_dropout(values))
         return self.to_latent(torch.cat([features, protein_code], dim=1))
 
     def _values(self, latent: Tensor, batch: Tensor) -> tuple[Tensor, Tensor]:

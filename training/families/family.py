@@ -10,7 +10,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
-from training.networks import Classifier, class_weights
+from training.networks import Classifier, InputTransform, class_weights
 
 
 class Hyperparameters(BaseModel):
@@ -146,6 +146,8 @@ class Graph:
     module: nn.Module
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
+    takes_gradient: bool = False
+    """Whether the module calls autograd; its gradient is then written out as operators."""
 
 
 Axis = tuple[tuple[str, ...], ...] | None
@@ -182,6 +184,9 @@ class Family(nn.Module, ABC):
     imputes: tuple[Imputed, ...] = ()
     """What `decode` gives beside expression."""
 
+    transform: InputTransform
+    """What the encoder sees of raw counts."""
+
     own_levels: Mapping[str, tuple[str, ...]] = MappingProxyType({})
     """Label levels that `classify` gives beside those of the data: names of the classes."""
 
@@ -190,6 +195,23 @@ class Family(nn.Module, ABC):
         """Build the module with random weights; every hyper-parameter must have an effect."""
         super().__init__()
         self.classifier: Classifier | None = None
+
+    def encode(self, counts: Tensor) -> Tensor:
+        """Raw counts (n, n_genes) to the point estimate of the latent (n, n_latent)."""
+        return self.encode_values(self.transform(counts), counts)
+
+    @abstractmethod
+    def encode_values(self, values: Tensor, counts: Tensor) -> Tensor:
+        """Transformed counts (n, n_genes) to the latent (n, n_latent); the raw ones are for what else the encoder knows, as the depth."""
+
+    def class_scores(self, values: Tensor, latent: Tensor) -> list[Tensor]:  # noqa: ARG002 - for classifiers of the counts
+        """Logarithms of the class probabilities (n, n_classes), each cell's up to a constant, by level as `classify` gives them.
+
+        Args:
+            values: transformed counts, (n, n_genes).
+            latent: what `encode_values` makes of them.
+        """
+        return [] if self.classifier is None else list(self.classifier(latent))
 
     @abstractmethod
     def loss(self, example: Example) -> dict[str, Tensor]:

@@ -124,11 +124,17 @@ class GMVAE(ObservingFamily):
         """q(y|x), (n, n_clusters), of raw counts (n, n_genes)."""
         return torch.softmax(self._logits(self.input_dropout(self.transform(counts))), dim=1)
 
-    def encode(self, counts: Tensor) -> Tensor:
-        """Raw counts (n, n_genes) to the mean of q(z|x), (n, n_latent)."""
-        values = self.input_dropout(self.transform(counts))
-        means = self.to_mean(self._components(values)).view(len(counts), self.n_clusters, -1)
+    def encode_values(self, values: Tensor, counts: Tensor) -> Tensor:
+        """Transformed counts (n, n_genes) to the mean of q(z|x), (n, n_latent)."""
+        values = self.input_dropout(values)
+        means = self.to_mean(self._components(values)).view(counts.shape[0], self.n_clusters, -1)
         return (torch.softmax(self._logits(values), dim=1).unsqueeze(2) * means).sum(dim=1)
+
+    def class_scores(self, values: Tensor, latent: Tensor) -> list[Tensor]:  # noqa: ARG002 - the clusters are none of its functions
+        """Logarithms of the probabilities of the classes and of the clusters."""
+        clusters = torch.log_softmax(self._logits(self.input_dropout(values)), dim=1)
+        named = [torch.logsumexp(clusters.unsqueeze(2) + torch.log(naming), dim=1) for naming in self.namings()]
+        return [*named, clusters]
 
     def features(self, latent: Tensor, library: Tensor, batch: Tensor) -> Tensor:  # noqa: ARG002 - a decoder's signature
         """The decoder's last hidden layer."""

@@ -86,9 +86,9 @@ class VAE(ObservingFamily):
         self.add_heads(decoder_widths[-1])
         self.classifier = build_classifier(hp, statistics)
 
-    def encode(self, counts: Tensor) -> Tensor:
-        """Raw counts (n, n_genes) to the posterior's mean (n, n_latent)."""
-        return self.to_mean(self.encoder(self._input(counts)))
+    def encode_values(self, values: Tensor, counts: Tensor) -> Tensor:  # noqa: ARG002 - an encoder's signature
+        """Transformed counts (n, n_genes) to the posterior's mean (n, n_latent)."""
+        return self.to_mean(self.encoder(self.input_dropout(values)))
 
     def features(self, latent: Tensor, library: Tensor, batch: Tensor) -> Tensor:
         """The decoder's last hidden layer."""

@@ -131,8 +131,9 @@ async def test_document_and_routes_agree(client: httpx.AsyncClient) -> None:
     """Each path and method that is served is documented, and the other way round."""
     document = (await client.get("/docs.json")).json()
     documented = {(path, method.upper()) for path, methods in document["paths"].items() for method in methods}
+    # How a part of a path is matched is no part of the document.
     served = {
-        (route.path.replace(":path}", "}"), method)
+        (re.sub(r":\w+}", "}", route.path), method)
         for route in build_api(client.state).routes
         for method in route.methods - {"HEAD"}
     }

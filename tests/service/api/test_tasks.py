@@ -112,7 +112,7 @@ async def test_a_task_that_the_model_lacks(tmp_path: Path) -> None:
     from service.contract import artifact
     from tests.builders import parts
 
-    document, contents = parts(has_reference=False)
+    document, contents = parts(has_reference=False, is_explained=False)
     for part in (document["graphs"], document["golden"]["tolerance"]):
         for key in [key for key in part if key.startswith("classify")]:
             del part[key]

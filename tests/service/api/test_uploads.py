@@ -68,7 +68,10 @@ async def test_every_format_into_every_other(
         for name, value in cell.items():
             if name == "cell_id":
                 continue
-            if isinstance(value, dict | list):
+            if isinstance(value, list) and isinstance(value[0], str):
+                assert adata.obsm[name][number].tolist() == value
+                assert [rows[number][f"{name}_{place}"] for place in range(len(value))] == value
+            elif isinstance(value, dict | list):
                 found = adata.obsm["X_tiny" if name == "latent" else name][number]
                 names = list(value) if isinstance(value, dict) else range(len(value))
                 numbers = np.array(list(value.values()) if isinstance(value, dict) else value, np.float32)

@@ -11,7 +11,7 @@ import scipy.sparse as sp
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from service.cells.columns import Columns, arrays, concatenate, n_cells
+from service.cells.columns import Columns, LabelLists, arrays, concatenate, n_cells
 from service.contract import artifact
 from service.errors import QueueFull
 from service.inference import TASKS, cached
@@ -91,6 +91,19 @@ async def test_cold_warm_and_partly_warm(started: Runs, tiny: Model, task: str) 
     assert (n_hits, started.n_run) == (4, 44)
 
 
+async def test_lists_of_words(started: Runs, calibrated: Model) -> None:
+    """Sets of labels, whose number differs from cell to cell, come from the cache as they were computed."""
+    work = work_of(calibrated, "annotate", coverage="0.8", top_k="2")
+    expected = work.task.run(calibrated, CELLS, work.options)
+    for rows in (np.arange(40), np.array([50, 3, 39]), np.arange(60)):
+        answer, _ = await started.ask(work, CELLS[rows])
+        assert_same(answer, expected, rows)
+    sets = expected["prediction_set"]
+    assert isinstance(sets, LabelLists)
+    assert len({len(labels) for labels in sets.lists()}) > 1
+    assert answer["prediction_set"].lists() == sets.lists()
+
+
 @settings(max_examples=30, deadline=None)
 @given(
     requests=st.lists(st.lists(st.integers(0, 59), min_size=1, max_size=90), min_size=1, max_size=6),
@@ -100,7 +113,7 @@ async def test_cold_warm_and_partly_warm(started: Runs, tiny: Model, task: str) 
 def test_any_requests_in_any_state(tiny: Model, requests: list[list[int]], max_bytes: int, batch_rows: int) -> None:
     """Whatever was asked before and has been evicted since, in whatever chunks, cells have the bits that the task gives them."""
     work = work_of(tiny, "annotate")
-    expected = work.task.run(tiny, CELLS, Options())
+    expected = work.task.run(tiny, CELLS, work.options)
 
     async def ask_all() -> None:
         async with Runs(max_bytes, batch_rows) as runs:
