@@ -21,7 +21,7 @@ def observe_answers(model: Model, columns: Columns) -> None:
     """Labels that cells were given, and how sure that is; other columns say nothing of it."""
     names = model.manifest.name, model.manifest.version
     for name, column in columns.items():
-        if isinstance(column, Labels):
+        if isinstance(column, Labels) and name.startswith(("predicted_labels", "voted_labels")):
             numbers = np.bincount(column.codes, minlength=len(column.words))
             for word, number in zip(column.words, numbers, strict=True):
                 metrics.LABELS.labels(*names, name, word).inc(int(number))

@@ -69,6 +69,7 @@ def prometheus(server: Server, cells: ad.AnnData, tmp_path_factory: pytest.TempP
             for task in ("embed", "reconstruct", "annotate"):
                 assert httpx.post(f"{server.url}/v1/{task}?model=pbmc", content=body, headers=ARROW).status_code == 200
                 assert httpx.post(f"{server.url}/v1/{task}?model=tiny", content=tiny, headers=ARROW).status_code == 200
+            assert httpx.post(f"{server.url}/v1/check?model=pbmc", content=body, headers=ARROW).status_code == 200
             assert httpx.post(f"{server.url}/v1/embed?model=pbmc", content=b"{}", headers=ARROW).status_code == 400
             with contextlib.suppress(httpx.TransportError):
                 found = query(url, 'count_over_time(up{job="cellserve"}[1m])')

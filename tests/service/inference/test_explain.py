@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import scipy.sparse as sp
 
-from service.cells.columns import Labels, Names
+from service.cells.columns import LabelLists, Labels
 from service.errors import InvalidOption
 from service.inference import TASKS
 from service.inference.model import Model
@@ -84,7 +84,7 @@ def test_top_genes_are_the_largest_by_size(tiny: Model) -> None:
     few = answer(tiny, counts(6), unit="0", top="7")
     names = few["top_genes"]
 
-    assert isinstance(names, Names)
+    assert isinstance(names, LabelLists)
     assert names.codes.shape == (6, 7)
     for row in range(6):
         order = np.argsort(-np.abs(every[row]), kind="stable")[:7]
