@@ -1,5 +1,6 @@
 """annotate: what cells are, how sure that is, what else they could be, and whether they are of the reference at all."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -71,9 +72,9 @@ def run(model: Model, counts: sp.csr_matrix, options: Options) -> Columns:
         mapping = {"mapping_score": Values(score)}
         is_unknown = is_unknown | (score < np.float32(options.threshold(model)))
     columns: dict[str, Column] = {}
-    best: dict[str, NDArray[np.int64]] = {}
-    for level, probabilities in zip(model.manifest.labels, model.classify(counts, latent).values(), strict=True):
-        best[level.name] = _best(model.manifest.labels, level, probabilities, best)
+    classified = model.classify(counts, latent)
+    best = best_classes(model.manifest.labels, classified)
+    for level, probabilities in zip(model.manifest.labels, classified.values(), strict=True):
         found = _answers(level, probabilities, best[level.name], is_unknown, is_empty_cell)
         if options.top_k is not None:
             found |= _top(level, probabilities, options.top_k)
@@ -90,20 +91,21 @@ def run(model: Model, counts: sp.csr_matrix, options: Options) -> Columns:
     return {**columns, **mapping, "is_empty": empty}
 
 
-def _best(
-    levels: tuple[LabelLevel, ...],
-    level: LabelLevel,
-    probabilities: NDArray[np.float32],
-    earlier: dict[str, NDArray[np.int64]],
-) -> NDArray[np.int64]:
-    """The most probable class of each cell; on a finer level the most probable child of the one before, so that labels never contradict."""
-    if level.parent is None:
-        found: NDArray[np.int64] = np.argmax(probabilities, axis=1)
-        return found
-    above = parent_codes(levels, level)
-    is_child = above[None, :] == earlier[level.parent][:, None]
-    child: NDArray[np.int64] = np.argmax(np.where(is_child, probabilities, np.float32(-1)), axis=1)
-    return child
+def best_classes(
+    levels: tuple[LabelLevel, ...], probabilities: Mapping[str, NDArray[np.float32]]
+) -> dict[str, NDArray[np.int64]]:
+    """The most probable class of each cell by level, as `predicted_labels` names it, codes (n_cells,).
+
+    On a finer level the most probable child of the one before, so that labels never contradict.
+    """
+    best: dict[str, NDArray[np.int64]] = {}
+    for level in levels:
+        found = probabilities[level.name]
+        if level.parent is not None:
+            is_child = parent_codes(levels, level)[None, :] == best[level.parent][:, None]
+            found = np.where(is_child, found, np.float32(-1))
+        best[level.name] = np.argmax(found, axis=1)
+    return best
 
 
 def _answers(

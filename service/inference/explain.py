@@ -12,6 +12,7 @@ from pydantic import Field
 from service.cells.columns import Column, Columns, LabelLists, Labels, Values, Vectors
 from service.contract.annotation import LabelLevel
 from service.errors import InvalidOption
+from service.inference.annotate import best_classes
 from service.inference.embed import is_empty
 from service.inference.model import Model
 from service.inference.task import Options, Task
@@ -228,7 +229,7 @@ def _directions(
         return direction, None
     level = _level(model, options.level)
     codes = (
-        model.classify(counts)[level.name].argmax(axis=1)
+        best_classes(manifest.labels, model.classify(counts))[level.name]
         if options.label is None
         else np.full(n_cells, level.classes.index(options.label))
     )

@@ -12,7 +12,7 @@ from service.contract.annotation import LabelLevel
 from service.contract.manifest import MAX_NEIGHBOURS
 from service.errors import InvalidOption
 from service.inference import neighbours
-from service.inference.annotate import UNKNOWN
+from service.inference.annotate import UNKNOWN, best_classes
 from service.inference.embed import is_empty
 from service.inference.model import Model
 from service.inference.task import Options, Task
@@ -70,7 +70,8 @@ def run(model: Model, counts: sp.csr_matrix, options: Options) -> Columns:
         levels = [level for level in model.manifest.labels if level.name in how.vote.answers]
         n_classes = {level.name: len(level.classes) for level in levels}
         votes = neighbours.shares(how.vote, reference.cells.labels, n_classes, positions, distances)
-        classified = model.classify(counts, latent) if "classify" in model.sessions else {}
+        all_levels = model.manifest.labels
+        classified = best_classes(all_levels, model.classify(counts, latent)) if "classify" in model.sessions else {}
         for level in levels:
             suffix = "" if level is model.manifest.labels[0] else f"_{level.name}"
             of_neighbours = reference.cells.labels[level.name][positions[:, :k]]
@@ -85,7 +86,7 @@ def _labels(
     level: LabelLevel,
     of_neighbours: NDArray[np.int32],
     votes: NDArray[np.float32],
-    classified: NDArray[np.float32] | None,
+    classified: NDArray[np.int64] | None,
     empty: NDArray[np.generic],
 ) -> dict[str, Column]:
     n = len(level.classes)
@@ -101,7 +102,7 @@ def _labels(
         "vote_share": Values(np.where(unknown, np.float32(0), share)),
     }
     if classified is not None:
-        best = np.where(empty, n, classified.argmax(axis=1)).astype(np.int32)
+        best = np.where(empty, n, classified).astype(np.int32)
         columns["classified_labels"] = Labels(best, (*level.classes, UNKNOWN))
         columns["is_disagreeing"] = Values(np.asarray((best != voted) & ~unknown))
     return columns

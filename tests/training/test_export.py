@@ -133,7 +133,7 @@ def test_the_manifest_says_where_the_model_comes_from(exported: Path, family_run
     assert set(manifest.provenance.packages) >= {"torch", "onnxruntime", "python"}
     assert manifest.provenance.config == family_run[0].config.model_dump(mode="json")
     expected = {"encode/latent", "decode/expression", "classify/probabilities_cell_type"}
-    expected |= {"explain/attribution", "explain/value"}
+    expected |= {"explain/attribution", "explain/value", "transform/value", "encode_values/latent"}
     expected |= {f"decode/{modality.name}" for modality in manifest.modalities}
     if family_run[0].config.family in WITH_SPREAD:
         expected |= {"decode/expression_variance"}
@@ -160,7 +160,7 @@ def test_a_model_without_labels_is_exported_without_classify(tiny_sets: None, tm
     """Graphs that a model lacks are left out; nothing else changes."""
     made = run.fit(tiny_config(labels=[]), tmp_path / "run", show_progress=False)
     manifest = artifact.read_manifest(exporting.export(made, tmp_path / "store"))
-    assert set(manifest.graphs) == {"encode", "decode", "explain"}
+    assert set(manifest.graphs) == {"encode", "decode", "explain", "transform", "encode_values"}
     assert manifest.labels == ()
     assert manifest.metrics == {}
 

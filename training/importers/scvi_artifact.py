@@ -13,7 +13,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from service.contract import artifact
+from service.contract import ambiguous_names, artifact
+from service.contract.ambiguous_names import Ambiguous
 from service.contract.annotation import LabelLevel
 from service.contract.gene_table import GeneTable
 from service.contract.manifest import BatchPolicy, DataSource, Genes, Golden, Manifest, Parity, Provenance
@@ -24,7 +25,7 @@ from training import archive, parity
 from training.config import DataFile
 from training.data import registry, source
 from training.export import next_version
-from training.gene_names import find_aliases, read_hgnc
+from training.gene_names import find_aliases, find_ambiguous, read_hgnc
 from training.importers import scvi_card
 from training.importers.scvi_file import SavedScvi, find_model_file, read_scvi
 from training.importers.scvi_network import AVERAGE, BatchChoice, ScviNetwork
@@ -33,7 +34,7 @@ from training.parity import Arrays
 from training.run import describe_environment
 from training.sparse_input import serving_graphs, with_values
 
-GENES, GOLDEN = "genes.tsv", "golden.npz"
+GENES, GOLDEN, AMBIGUOUS = "genes.tsv", "golden.npz", "reference/ambiguous_names.tsv"
 N_CELLS, N_GOLDEN = 256, 16
 LIBRARY_SIZE = 2_000
 REFERENCE_TOLERANCE = {"latent": 1e-4, "probabilities": 1e-5, "expression": 1e-3}
@@ -255,8 +256,9 @@ def build(
     differences = parity.compare(parity.run_sessions(sessions, names, inputs), parity.run_torch(graphs, inputs))
     golden = parity.run_sessions(sessions, names, {name: array[-N_GOLDEN - 1 :] for name, array in inputs.items()})
     outputs = [f"{name}/{tensor.name}" for name, graph in signatures.items() for tensor in graph.outputs]
-    table, id_type = gene_table(saved, network, wanted.species, inputs["counts"])
+    table, ambiguous, id_type = gene_table(saved, network, wanted.species, inputs["counts"])
     contents |= {GENES: table.dump(), GOLDEN: archive.dump(golden), artifact.CARD: b""}
+    contents |= {AMBIGUOUS: ambiguous_names.dump(ambiguous)} if ambiguous else {}
     environment = describe_environment(0)
     file = find_model_file(folder)
     manifest = Manifest(
@@ -273,6 +275,7 @@ def build(
             species=wanted.species,
             digest=table.digest,
             min_gene_overlap=wanted.min_gene_overlap,
+            ambiguous_names=AMBIGUOUS if ambiguous else None,
         ),
         graphs=signatures,
         batch=BatchPolicy(names=saved.batches, encoder_batch=choice.encoder_batch),
@@ -317,21 +320,22 @@ def build(
 
 def gene_table(
     saved: SavedScvi, network: ScviNetwork, species: str, counts: NDArray[np.float32]
-) -> tuple[GeneTable, str]:
-    """The model's genes with what HGNC knows of human ones, and whether they are named by "ensembl" id or "symbol"."""
+) -> tuple[GeneTable, dict[str, Ambiguous], str]:
+    """The model's genes with what HGNC knows of human ones, names that are not taken, and whether ids are "ensembl" or "symbol"."""
     matches = [_ENSEMBL.fullmatch(name) for name in saved.genes]
     is_ensembl = all(matches)
     ids = [match[1] for match in matches if match] if is_ensembl else list(saved.genes)
     symbols = [""] * len(ids) if is_ensembl else list(saved.genes)
     aliases: tuple[tuple[str, ...], ...] = ((),) * len(ids)
+    ambiguous: dict[str, Ambiguous] = {}
     if species == "homo_sapiens":
         hgnc = read_hgnc(registry.fetch_all(registry.find("hgnc"))["hgnc_complete_set.txt.gz"])
-        aliases = find_aliases(ids, symbols, hgnc)
+        aliases, ambiguous = find_aliases(ids, symbols, hgnc), find_ambiguous(ids, symbols, hgnc)
     with torch.no_grad():
         weight = network.gene_weight().norm(dim=0).double().numpy()
     weight = weight * (np.log1p(counts.astype(np.float64)).std(axis=0) + 1e-6)
     table = GeneTable(tuple(ids), tuple(symbols), aliases, (weight / weight.sum()).astype(np.float32))
-    return table, "ensembl" if is_ensembl else "symbol"
+    return table, ambiguous, "ensembl" if is_ensembl else "symbol"
 
 
 def _few(names: tuple[str, ...]) -> str:
