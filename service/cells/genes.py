@@ -11,7 +11,7 @@ import scipy.sparse as sp
 from numpy.typing import NDArray
 from scipy.sparse import _sparsetools
 
-from service.cells.counts import csr
+from service.cells.counts import csr, row_sums
 from service.cells.species import SpeciesGuess, guess_species
 from service.contract.ambiguous_names import Ambiguous
 from service.contract.gene_table import GeneTable
@@ -292,6 +292,8 @@ def align(counts: sp.csr_matrix, positions: NDArray[np.int32], n_genes: int, is_
     """
     if is_exact and _is_injective(positions) and _is_ascending(counts):
         data = counts.data.astype(np.float32)
+        if len(positions) == n_genes and (positions == np.arange(n_genes, dtype=np.int32)).all():
+            return csr(data, counts.indices, counts.indptr, n_genes)
         if len(positions) and positions.min() < 0:
             data *= (positions >= 0).astype(np.float32)[counts.indices]
         return csr(data, np.maximum(positions, 0)[counts.indices], counts.indptr, n_genes)
@@ -321,8 +323,8 @@ def _is_ascending(counts: sp.csr_matrix) -> bool:
 
 
 def library_size(counts: sp.csr_matrix) -> NDArray[np.float32]:
-    """Counts of each cell, (n_cells,), added up in float64 so that no order shows."""
-    return np.asarray(counts.sum(axis=1, dtype=np.float64)).ravel().astype(np.float32)
+    """Counts of each cell, (n_cells,)."""
+    return row_sums(counts).astype(np.float32)
 
 
 def densify(counts: sp.csr_matrix, rows: slice, out: NDArray[np.float32]) -> NDArray[np.float32]:

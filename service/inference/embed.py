@@ -1,16 +1,16 @@
 """embed: where cells lie in the reference."""
 
-import numpy as np
 import scipy.sparse as sp
 
 from service.cells.columns import Columns, Values, Vectors
+from service.cells.counts import row_sums
 from service.inference.model import Model
 from service.inference.task import Options, Task
 
 
 def is_empty(counts: sp.csr_matrix) -> Values:
     """Whether a cell has no count at all in the genes of the model, shape (n_cells,)."""
-    return Values(np.asarray(counts.sum(axis=1)).ravel() == 0)
+    return Values(row_sums(counts) == 0)
 
 
 def run(model: Model, counts: sp.csr_matrix, options: Options) -> Columns:  # noqa: ARG001 - a task's signature

@@ -7,6 +7,7 @@ import scipy.sparse as sp
 from pydantic import Field
 
 from service.cells.columns import Column, Columns, Vectors
+from service.cells.counts import row_sums
 from service.errors import InvalidOption
 from service.inference.embed import is_empty
 from service.inference.model import VARIANCE, Model
@@ -99,7 +100,7 @@ def run(model: Model, counts: sp.csr_matrix, options: Options) -> Columns:
     """Expected counts of shape (n_cells, n_genes asked for), float32, and the model's modalities."""
     assert isinstance(options, ReconstructOptions)
     positions = options.positions(model)
-    own = np.asarray(counts.sum(axis=1, dtype=np.float32)).ravel()
+    own = row_sums(counts).astype(np.float32)
     library_size = own if options.library_size is None else np.full(len(own), options.library_size, dtype=np.float32)
     genes = None if options.genes is None else np.array(positions, dtype=np.intp)
     decoded = model.decode_all(model.encode(counts), library_size, options.decoded_as(model), genes, options.spread)

@@ -8,6 +8,7 @@ from functools import lru_cache
 from typing import Any
 
 import numpy as np
+import orjson
 import pyarrow as pa
 import scipy.sparse as sp
 
@@ -197,7 +198,7 @@ class ArrowWriter:
 
     def start(self, head: dict[str, Any]) -> bytes:
         """Nothing yet: the schema is known with the first cells."""
-        self._head = json.dumps(head).encode()
+        self._head = orjson.dumps(head)
         return b""
 
     def write(self, columns: Columns, cell_ids: Sequence[str] | None) -> bytes:
