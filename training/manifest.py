@@ -19,7 +19,6 @@ from service.contract.manifest import (
 )
 from service.inference.session import Runtime, Session
 from training import archive, explanation, imputation, missing_genes, parity, reference_space, saliency
-from training.calibration.graphs import complete
 from training.data import source
 from training.data.prepared import encode_cells
 from training.data.splits import TEST, VALIDATION
@@ -56,8 +55,7 @@ def build(
         OutsideTolerance: they disagree.
     """
     torch.manual_seed(run.config.seed)
-    graphs = exported_graphs(run.family, run.config.export.spread)
-    graphs = complete(graphs, run.config.label_levels, run.calibration)
+    graphs = exported_graphs(run.family, run.config.export.spread, run.config.label_levels, run.calibration)
     explaining = graphs[explanation.NAME] = explanation.graph(run.family, run.prepared)
     inputs = with_values(run.family, held_out_inputs(run, run.config.export.n_parity))
     inputs |= explanation.example_inputs(explaining, inputs)
