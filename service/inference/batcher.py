@@ -254,6 +254,28 @@ class Batcher:
         """Seconds after which what waits now should have run, at the speed that was measured; at least 1, at most 60."""
         return min(60, max(1, math.ceil(self._n_queued / self._rows_per_second))) if self._rows_per_second else 1
 
+    def check_room(self, deadline: float = math.inf) -> None:
+        """Whether a long request would have to be refused whatever it holds, so that it need not be read.
+
+        Raises:
+            QueueFull: no row has room.
+            DeadlineTooShort: what waits already would take longer.
+        """
+        if self._n_queued >= self._max_queue_rows:
+            raise QueueFull(
+                n_queued=self._n_queued,
+                n_cells=0,
+                limit_rows=self._max_queue_rows,
+                retry_after_seconds=self.retry_after_seconds(),
+            )
+        left = deadline - time.monotonic()
+        if (expected := self._expected_seconds(SHORT_ROWS + 1)) > left:
+            raise DeadlineTooShort(
+                expected_seconds=expected,
+                left_seconds=max(0.0, left),
+                retry_after_seconds=self.retry_after_seconds(),
+            )
+
     def _expected_seconds(self, n_rows: int) -> float:
         """Until `n_rows` more would be done. A short request waits for others of its kind only, so it counts for itself.
 

@@ -383,3 +383,25 @@ async def test_padding(started, tiny: Model, n_rows: int, padding: int) -> None:
 
     assert metrics.BATCH_PADDING.labels(task.name)._sum.get() == pytest.approx(padding / (n_rows + padding))
     assert metrics.BATCH_SECONDS.labels(task.name)._sum.get() > 0
+
+
+async def test_a_long_request_is_refused_unread(started, recording: RecordingTask, tiny: Model) -> None:
+    """Where what waits would take longer than the client does, or no row has room; not where nothing waits."""
+    batcher = started(max_queue_rows=20)
+    work = Work(tiny, recording.task(), Options())
+    batcher.check_room(time.monotonic() + 0.001)
+    recording.gate.clear()
+    running = asyncio.create_task(answered(batcher, work, rows(1)))
+    await asyncio.sleep(0.05)
+    batcher._rows_per_second = 10.0
+
+    batcher.check_room(time.monotonic() + 100)
+    with pytest.raises(DeadlineTooShort):
+        batcher.check_room(time.monotonic() + 1)
+    waiting = asyncio.create_task(answered(batcher, work, rows(*range(20))))
+    await asyncio.sleep(0.05)
+    with pytest.raises(QueueFull):
+        batcher.check_room()
+    recording.gate.set()
+    assert await running == [1]
+    assert await waiting == list(range(20))
