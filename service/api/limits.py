@@ -14,6 +14,18 @@ from service import metrics
 from service.errors import BodyTimeout, BodyTooLarge, EmptyBody, MalformedBody, TooManyBytes, UnsupportedMediaType
 
 
+def declared_bytes(request: Request) -> int:
+    """Bytes that a body is declared to have; 0 where it is not.
+
+    Raises:
+        MalformedBody: the declaration is no number.
+    """
+    declared = request.headers.get("content-length")
+    if declared is not None and not re.fullmatch("[0-9]{1,18}", declared):
+        raise MalformedBody(problem=f"Content-Length must be a number of bytes, not '{declared[:40]}'.")
+    return int(declared) if declared is not None else 0
+
+
 @dataclass
 class Intake:
     """What a process takes in. Belongs to one event loop."""
@@ -106,10 +118,7 @@ class Intake:
                 found=encoding[:60],
                 accepted=", ".join(encodings) or "identity (Arrow record batches may be compressed inside the stream)",
             )
-        declared = request.headers.get("content-length")
-        if declared is not None and not re.fullmatch("[0-9]{1,18}", declared):
-            raise MalformedBody(problem=f"Content-Length must be a number of bytes, not '{declared[:40]}'.")
-        n_bytes = int(declared) if declared is not None else 0
+        n_bytes = declared_bytes(request)
         if n_bytes > self.max_body_bytes:
             raise BodyTooLarge(limit_bytes=self.max_body_bytes)
         return n_bytes

@@ -15,6 +15,7 @@ from service.api.access import Endpoint
 from service.api.cache_header import cache_header
 from service.api.disconnect import cancelled_on_disconnect
 from service.api.drift import observe_answers, observe_query
+from service.api.limits import declared_bytes
 from service.api.negotiation import answer_format, body_format
 from service.api.stages import until_queue
 from service.api.state import State, state
@@ -39,6 +40,9 @@ from service.inference.task import Task
 
 MODEL_OPTION = "model"
 TIMEOUT_HEADER = "X-Request-Timeout"
+LONG_BYTES = 2**17
+"""A body of more bytes holds more cells than go before others; where those would be refused, it is not read."""
+
 PARSED_AT_ONCE = 64 * 2**10
 """Bytes of a body that is parsed in the event loop: a few cells, which take less time than a change of threads."""
 
@@ -65,6 +69,8 @@ def endpoint(task: Task) -> Endpoint:
             async with app.uploads.query(request, model, read_places(places)) as (query, seconds):
                 # What was sent is not there any more for a shadow to compute it again.
                 return await _answer(app, work, query, seconds, answer_type, deadline, lambda _: None)
+        if declared_bytes(request) > LONG_BYTES:
+            app.batcher.check_room(deadline)
         started = time.monotonic()
         async with app.intake.body(request) as body, cancelled_on_disconnect(request):
             received = time.monotonic()

@@ -25,6 +25,7 @@ _ANTIBODY = re.compile(r"(_TotalSeq[ABC]?|_TotalC|\.ADT|_ADT|-AB)$", re.IGNORECA
 _PREFIXED = re.compile(r"(hg19|hg38|GRCh37|GRCh38|mm10|GRCm38|GRCm39)_+", re.IGNORECASE)
 _DATE = re.compile(r"(\d{1,2}-(Mar|Sep|Dec|Oct)|(Mar|Sep|Dec|Oct)-\d{1,2}|\d{4}-\d\d-\d\d.*)", re.IGNORECASE)
 N_EXAMPLES = 5
+N_REMEMBERED = 16
 N_LISTED = 20
 
 
@@ -142,8 +143,24 @@ class GeneIndex:
 
     @cached_property
     def locate(self) -> Callable[[tuple[str, ...]], tuple[NDArray[np.int32], AlignmentReport]]:
-        """`_locate`, remembering the last gene lists: a client sends the same one with every request."""
-        return lru_cache(maxsize=16)(self._locate)
+        """`_locate`, remembering the last gene lists: a client sends the same one with every request.
+
+        The formats remember them, too, so that most often it is the very same object, and need not be hashed name by name.
+        """
+        remembered = lru_cache(maxsize=N_REMEMBERED)(self._locate)
+        last: dict[int, tuple[tuple[str, ...], tuple[NDArray[np.int32], AlignmentReport]]] = {}
+
+        def locate(genes: tuple[str, ...]) -> tuple[NDArray[np.int32], AlignmentReport]:
+            known = last.get(id(genes))
+            if known is not None and known[0] is genes:
+                return known[1]
+            found = remembered(genes)
+            if len(last) >= N_REMEMBERED:
+                last.clear()
+            last[id(genes)] = genes, found
+            return found
+
+        return locate
 
     def _locate(self, genes: tuple[str, ...]) -> tuple[NDArray[np.int32], AlignmentReport]:
         """Position in the model of each gene that was sent, -1 for genes that the model does not use.

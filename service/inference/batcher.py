@@ -254,9 +254,34 @@ class Batcher:
         """Seconds after which what waits now should have run, at the speed that was measured; at least 1, at most 60."""
         return min(60, max(1, math.ceil(self._n_queued / self._rows_per_second))) if self._rows_per_second else 1
 
+    def check_room(self, deadline: float = math.inf) -> None:
+        """Whether a long request would have to be refused whatever it holds, so that it need not be read.
+
+        Raises:
+            QueueFull: no row has room.
+            DeadlineTooShort: what waits already would take longer.
+        """
+        if self._n_queued >= self._max_queue_rows:
+            raise QueueFull(
+                n_queued=self._n_queued,
+                n_cells=0,
+                limit_rows=self._max_queue_rows,
+                retry_after_seconds=self.retry_after_seconds(),
+            )
+        left = deadline - time.monotonic()
+        if (expected := self._expected_seconds(SHORT_ROWS + 1)) > left:
+            raise DeadlineTooShort(
+                expected_seconds=expected,
+                left_seconds=max(0.0, left),
+                retry_after_seconds=self.retry_after_seconds(),
+            )
+
     def _expected_seconds(self, n_rows: int) -> float:
-        """Until `n_rows` more would be done. A short request waits for others of its kind only, so it counts for itself."""
-        if not self._rows_per_second:
+        """Until `n_rows` more would be done. A short request waits for others of its kind only, so it counts for itself.
+
+        Nothing where nothing waits: an estimate that is too high would refuse all, and could never be found wrong.
+        """
+        if not self._rows_per_second or self.is_idle:
             return 0.0
         return HEADROOM * (n_rows if n_rows <= SHORT_ROWS else self._n_queued + n_rows) / self._rows_per_second
 
@@ -302,10 +327,12 @@ class Batcher:
             seconds = time.monotonic() - started
             if is_few:
                 (self._quick.add if seconds < QUICK_SECONDS else self._quick.discard)(kind)
-            # From chunk to chunk, not that of the run alone: what else this process does takes its time from the queue as well.
-            rate = n_rows / (time.monotonic() - free_since)
+            # From chunk to chunk, not that of the run alone: what else this process does takes its time from the queue as well. Of chunks
+            # that are full: a single cell's takes nearly as long as theirs, and says nothing of how fast they would be.
+            if n_rows >= self._batch_rows // 2:
+                rate = n_rows / (time.monotonic() - free_since)
+                self._rows_per_second = 0.8 * (self._rows_per_second or rate) + 0.2 * rate
             free_since = time.monotonic()
-            self._rows_per_second = 0.8 * (self._rows_per_second or rate) + 0.2 * rate
             runs = self.runs[pieces[0][0].work.model.id][n_rows]
             runs.n_runs, runs.seconds = runs.n_runs + 1, runs.seconds + seconds
             self._measure(pieces[0][0].work, n_rows, seconds, reason)

@@ -268,15 +268,46 @@ async def test_a_deadline_that_cannot_be_met_is_refused_early(started, recording
     """Once the speed is known, a request that would take longer than its client waits is not queued."""
     batcher = started()
     work = Work(tiny, recording.task(), Options())
-    await answered(batcher, work, rows(1, 2, 3))
+    recording.gate.clear()
+    first = asyncio.create_task(answered(batcher, work, rows(1, 2, 3)))
+    await asyncio.sleep(0.05)
     batcher._rows_per_second = 100.0
 
     with pytest.raises(DeadlineTooShort) as refused:
         await anext(batcher.run(work, rows(*range(300)), deadline=time.monotonic() + 1))
     assert refused.value.expected_seconds == pytest.approx(3 * HEADROOM)
     assert batcher._n_queued == 0
+    recording.gate.set()
+    assert await first == [1, 2, 3]
     assert len(recording.chunks) == 1
     assert await answered(batcher, work, rows(*range(300))) == list(range(300))
+
+
+async def test_a_wrong_estimate_mends_itself(started, recording: RecordingTask, tiny: Model) -> None:
+    """Where nothing waits nothing is refused, or an estimate that refuses all would never be measured again."""
+    batcher = started(batch_rows=16)
+    work = Work(tiny, recording.task(), Options())
+    batcher._rows_per_second = 0.001
+
+    deadline = time.monotonic() + 5
+    for _ in range(40):
+        batches = [columns async for columns in batcher.run(work, rows(*range(16)), deadline=deadline)]
+        assert len(batches) == 1
+    assert batcher._rows_per_second > 1
+
+
+async def test_single_cells_say_nothing_of_the_rate(started, recording: RecordingTask, tiny: Model) -> None:
+    """A chunk of one cell takes nearly as long as a full one."""
+    batcher = started(batch_rows=16)
+    work = Work(tiny, recording.task(), Options())
+    await answered(batcher, work, rows(1))
+    assert batcher._rows_per_second == 0.0
+    await answered(batcher, work, rows(*range(16)))
+    measured = batcher._rows_per_second
+    assert measured
+    for _ in range(30):
+        await answered(batcher, work, rows(1))
+    assert batcher._rows_per_second == measured
 
 
 async def test_what_has_expired_is_not_run(started, recording: RecordingTask, tiny: Model) -> None:
@@ -352,3 +383,25 @@ async def test_padding(started, tiny: Model, n_rows: int, padding: int) -> None:
 
     assert metrics.BATCH_PADDING.labels(task.name)._sum.get() == pytest.approx(padding / (n_rows + padding))
     assert metrics.BATCH_SECONDS.labels(task.name)._sum.get() > 0
+
+
+async def test_a_long_request_is_refused_unread(started, recording: RecordingTask, tiny: Model) -> None:
+    """Where what waits would take longer than the client does, or no row has room; not where nothing waits."""
+    batcher = started(max_queue_rows=20)
+    work = Work(tiny, recording.task(), Options())
+    batcher.check_room(time.monotonic() + 0.001)
+    recording.gate.clear()
+    running = asyncio.create_task(answered(batcher, work, rows(1)))
+    await asyncio.sleep(0.05)
+    batcher._rows_per_second = 10.0
+
+    batcher.check_room(time.monotonic() + 100)
+    with pytest.raises(DeadlineTooShort):
+        batcher.check_room(time.monotonic() + 1)
+    waiting = asyncio.create_task(answered(batcher, work, rows(*range(20))))
+    await asyncio.sleep(0.05)
+    with pytest.raises(QueueFull):
+        batcher.check_room()
+    recording.gate.set()
+    assert await running == [1]
+    assert await waiting == list(range(20))
