@@ -100,7 +100,9 @@ def _share_transposed(graph: onnx.GraphProto) -> None:
             kept[array.tobytes()] = tensor.name
             initializers.append(tensor)
         else:
-            nodes.append(helper.make_node("Transpose", [other], [tensor.name], f"Transpose_to_{tensor.name}", perm=[1, 0]))
+            nodes.append(
+                helper.make_node("Transpose", [other], [tensor.name], f"Transpose_to_{tensor.name}", perm=[1, 0])
+            )
     nodes.extend(graph.node)
     del graph.node[:], graph.initializer[:]
     graph.node.extend(nodes)
