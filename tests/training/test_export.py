@@ -124,6 +124,7 @@ def test_the_manifest_says_where_the_model_comes_from(exported: Path, family_run
     assert set(manifest.provenance.packages) >= {"torch", "onnxruntime", "python"}
     assert manifest.provenance.config == family_run[0].config.model_dump(mode="json")
     expected = {"encode/latent", "decode/expression", "classify/probabilities_cell_type"}
+    expected |= {"transform/value", "encode_values/latent"}
     expected |= {f"decode/{modality.name}" for modality in manifest.modalities}
     expected |= {f"classify/probabilities_{level}" for level in family_run[0].family.own_levels}
     assert set(manifest.parity.outputs) == expected
