@@ -149,7 +149,7 @@ def test_a_model_without_labels_is_exported_without_classify(tiny_sets: None, tm
     """Graphs that a model lacks are left out; nothing else changes."""
     made = run.fit(tiny_config(labels=[]), tmp_path / "run", show_progress=False)
     manifest = artifact.read_manifest(exporting.export(made, tmp_path / "store"))
-    assert set(manifest.graphs) == {"encode", "decode"}
+    assert set(manifest.graphs) == {"encode", "decode", "transform", "encode_values"}
     assert manifest.labels == ()
     assert manifest.metrics == {}
 
