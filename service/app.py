@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 usage_stats.do_not_track.cache_clear()
 
 # What does the work is imported by the worker alone (worker.py): BentoML's parent process imports this file as well, and only supervises.
-# Without numpy, scipy, Arrow and ONNX Runtime it is 70 MB smaller (tests/service/test_app.py).
+# It needs no numpy, scipy, Arrow or ONNX Runtime (tests/service/test_app.py).
 
 
 def make_traces(is_check: bool = False) -> "Traces | None":

@@ -2,7 +2,7 @@
 
 import asyncio
 import re
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import IO
@@ -53,31 +53,15 @@ class Intake:
             BodyTimeout: it did not arrive in time.
             EmptyBody: nothing arrived.
         """
-        held = self._declared(request, encodings)
-        self.hold(held)
-        try:
-            pieces: list[bytes] = []
-            n_bytes = 0
-            try:
-                async with asyncio.timeout(self.timeout_seconds):
-                    async for piece in request.stream():
-                        if piece:  # the last one is empty
-                            pieces.append(piece)
-                            n_bytes += len(piece)
-                        if n_bytes > self.max_body_bytes:
-                            raise BodyTooLarge(limit_bytes=self.max_body_bytes)
-                        if n_bytes > held:
-                            self.hold(n_bytes - held)
-                            held = n_bytes
-            except TimeoutError:
-                raise BodyTimeout(n_bytes=n_bytes, limit_seconds=self.timeout_seconds) from None
-            if not n_bytes:
-                raise EmptyBody
+        pieces: list[bytes] = []
+
+        async def keep(piece: bytes) -> None:
+            pieces.append(piece)
+
+        async with self._received(request, encodings, keep):
             body = pieces[0] if len(pieces) == 1 else b"".join(pieces)
             pieces.clear()
             yield body
-        finally:
-            self.release(held)
 
     @asynccontextmanager
     async def spool(self, request: Request, file: IO[bytes]) -> AsyncIterator[None]:
@@ -86,9 +70,23 @@ class Intake:
         Raises:
             UnsupportedMediaType, BodyTooLarge, TooManyBytes, BodyTimeout, EmptyBody: as of `body`.
         """
-        held = self._declared(request, ())
+        loop = asyncio.get_running_loop()
+
+        async def write(piece: bytes) -> None:
+            await loop.run_in_executor(None, file.write, piece)
+
+        async with self._received(request, (), write):
+            file.flush()
+            yield
+
+    @asynccontextmanager
+    async def _received(
+        self, request: Request, encodings: tuple[str, ...], keep: Callable[[bytes], Awaitable[None]]
+    ) -> AsyncIterator[None]:
+        """Hand all pieces of the body to `keep`, one after the other; errors as of `body`."""
+        held = self._declared(request, encodings)
         self.hold(held)
-        n_bytes, loop = 0, asyncio.get_running_loop()
+        n_bytes = 0
         try:
             try:
                 async with asyncio.timeout(self.timeout_seconds):
@@ -99,12 +97,12 @@ class Intake:
                         if n_bytes > held:
                             self.hold(n_bytes - held)
                             held = n_bytes
-                        await loop.run_in_executor(None, file.write, piece)
+                        if piece:  # the last one is empty
+                            await keep(piece)
             except TimeoutError:
                 raise BodyTimeout(n_bytes=n_bytes, limit_seconds=self.timeout_seconds) from None
             if not n_bytes:
                 raise EmptyBody
-            file.flush()
             yield
         finally:
             self.release(held)
