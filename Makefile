@@ -10,6 +10,7 @@ VERSION ?=
 UV := .uv/bin/uv
 DEV := .venv
 BENCH := .venv-bench
+CELLTYPIST := .venv-celltypist
 SERVERS := .venv-servers
 SERVE := $(if $(filter cuda,$(PROVIDER)),.venv-serve-cuda,.venv-serve)
 SERVE_LOCK := requirements/$(if $(filter cuda,$(PROVIDER)),serving-gpu,serving).txt
@@ -96,8 +97,9 @@ bench-training: $(DEV)/.ready $(BENCH)/.ready  ## cells per second of a training
 bench-quality: $(DEV)/.ready $(BENCH)/.ready  ## accuracy and integration beside scvi-tools and plain baselines, three seeds
 	CELLSERVE_BENCH_PYTHON=$(BENCH)/bin/python $(DEV)/bin/python -m benchmarks.quality
 
-bench-annotation: $(DEV)/.ready $(BENCH)/.ready  ## annotate beside baselines, CellTypist (CELLSERVE_CELLTYPIST_PYTHON) and SCANVI, three seeds
-	CELLSERVE_BENCH_PYTHON=$(BENCH)/bin/python $(DEV)/bin/python -m benchmarks.annotation
+bench-annotation: $(DEV)/.ready $(SERVE)/.ready $(BENCH)/.ready $(CELLTYPIST)/.ready  ## annotate beside baselines, CellTypist and SCANVI, three seeds
+	CELLSERVE_TEST_SERVER_PYTHON=$(SERVE)/bin/python CELLSERVE_BENCH_PYTHON=$(BENCH)/bin/python CELLSERVE_CELLTYPIST_PYTHON=$(CELLTYPIST)/bin/python \
+	  $(DEV)/bin/python -m benchmarks.annotation
 
 bench-out-of-core: $(DEV)/.ready  ## an epoch on a zarr of a million cells: seconds and peak memory
 	$(DEV)/bin/python -m benchmarks.out_of_core
@@ -166,6 +168,7 @@ lock: $(UV)  ## resolve requirements/ again
 	$(COMPILE) --extra train --extra dev -c requirements/training.txt -o requirements/development.txt
 	$(COMPILE) --extra bench -o requirements/benchmark.txt
 	$(COMPILE) --extra servers -o requirements/servers.txt
+	$(COMPILE) --extra celltypist -o requirements/celltypist.txt
 
 clean:  ## remove environments, caches and runs
 	rm -rf .venv .venv-* .uv .cache runs site dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .import_linter_cache .hypothesis
@@ -174,9 +177,11 @@ $(UV):
 	$(PYTHON) -m venv .uv
 	.uv/bin/python -m pip install -q --disable-pip-version-check uv==0.13.8
 
-$(SERVERS)/.ready: requirements/servers.txt | $(UV)
+$(SERVERS)/.ready: requirements/servers.txt
+$(CELLTYPIST)/.ready: requirements/celltypist.txt
+$(SERVERS)/.ready $(CELLTYPIST)/.ready: | $(UV)
 	$(UV) venv -q --allow-existing --python $(PYTHON) $(@D)
-	$(UV) pip sync -q --require-hashes --python $(@D) requirements/servers.txt
+	$(UV) pip sync -q --require-hashes --python $(@D) $(filter requirements/%,$^)
 	touch $@
 
 # What the server needs is SERVE_LOCK alone; the client and the command line come with it because people try both here.

@@ -1,10 +1,10 @@
 """How well annotate annotates: labels, confidence, prediction sets and unknown types, beside plain baselines, CellTypist and SCANVI.
 
     make bench-annotation
-    python -m benchmarks.annotation pbmc_facs --seeds 1            one data set; the others stay in annotation.json as they are
+    python -m benchmarks.annotation "pbmc3k, 80 to 20" --seeds 1    one setup; the others stay in annotation.json as they are
 
 For each seed cells are split and genes chosen anew, the same for all methods. Ours learns from the training cells and is calibrated on the
-validation cells; the others learn from both. Nobody sees the test cells. Ours is exported, loaded and asked as the server asks it.
+validation cells; the others learn from both. Nobody sees the query. Ours is exported, served, and asked over HTTP.
 """
 
 import argparse
@@ -14,114 +14,41 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import anndata as ad
 import numpy as np
-import scipy.sparse as sp
 from numpy.typing import NDArray
 from sklearn.decomposition import PCA
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import f1_score, roc_auc_score
 from sklearn.neighbors import KNeighborsClassifier
 
+from benchmarks.annotation_tasks import SETUPS, Material, Task, prepared
 from benchmarks.cell_lines import ScviTools, log_normalise, summary
 from benchmarks.machine import machine
 from benchmarks.quality import show
-from service.contract import artifact
-from service.inference import model as serving
-from service.inference.annotate import AnnotateOptions
-from service.inference.annotate import run as annotate
-from service.inference.model import Model
-from service.inference.session import Runtime
-from training import config as configuration
+from service.client import Client
+from tests.end_to_end.server import running_server
 from training import export as exporting
 from training import run as runs
 from training.calibration import unknown
 from training.calibration.calibrate import calibrate
 from training.calibration.probabilities import reliability
 from training.calibration.sets import COVERAGES
-from training.config import Config
-from training.data.prepared import add_labels
-from training.data.reference import load_reference
-from training.data.splits import TEST, TRAIN, VALIDATION
 from training.run import Run
 
 ROOT = Path(__file__).parent.parent
-CONFIGS = ROOT / "training/configs"
-DATASETS: dict[str, tuple[Path, dict[str, Any]]] = {
-    "pbmc_facs": (CONFIGS / "pbmc_levels.yaml", {"data": ["pbmc_facs"]}),
-    "cell_lines": (CONFIGS / "cell_lines.yaml", {}),
-}
-"""Configuration and what of it is replaced."""
-
 N_NEIGHBOURS, N_COMPONENTS = 15, 50
 SUBTYPES = {"CD4 T", "CD8 T"}
 """Types that are mere subtypes of another that stays: left out of the second median."""
 
+OURS, SCANVI = "cellserve", "SCANVI"
+
 Array = NDArray[np.float64]
-
-
-def configure(name: str, seed: int) -> Config:
-    """The data set's configuration with a seed, and with those of its classes only that its cells have."""
-    path, changes = DATASETS[name]
-    config = configuration.load(path)
-    document = config.model_dump(mode="json") | changes | {"seed": seed}
-    found = Config.model_validate(document)
-    cells = load_reference(found.data, found.cells, found.map_symbols, seed)
-    add_labels(found, cells)
-    lost: dict[str, set[str]] = {}
-    for level in document["labels"]:
-        present = set(cells.obs[level["name"]].astype(str))
-        gone = {one for one in level["classes"] if one not in present}
-        gone |= {one for one, parent in level["parents"].items() if parent in lost.get(level["parent"], set())}
-        lost[level["name"]] = gone
-        level["classes"] = {one: term for one, term in level["classes"].items() if one not in gone}
-        level["parents"] = {one: parent for one, parent in level["parents"].items() if one not in gone}
-        level["values"] = {own: one for own, one in level["values"].items() if one not in gone}
-    return Config.model_validate(document)
-
-
-@dataclasses.dataclass(frozen=True)
-class Task:
-    """Cells to learn from and cells to annotate."""
-
-    reference: ad.AnnData
-    query: ad.AnnData
-    classes: tuple[str, ...]
-
-    @property
-    def truth(self) -> NDArray[np.int64]:
-        """Class of each query cell."""
-        return np.array([self.classes.index(label) for label in self.query.obs["label"]])
-
-    def joined(self) -> ad.AnnData:
-        """Both as the other side's scripts take them."""
-        cells = ad.concat([self.reference, self.query])
-        cells.obs["part"] = np.repeat(["reference", "query"], [self.reference.n_obs, self.query.n_obs])
-        return cells
-
-
-def make_task(run: Run, without: str | None = None) -> Task:
-    """Labelled cells of a run over its genes; those of one class may be kept from the reference."""
-    level = run.config.labels[0]
-    labels = run.reference.obs[level.name].astype(str)
-    is_labelled = labels.isin(level.classes).to_numpy()
-    parts = []
-    for names in ((TRAIN, VALIDATION), (TEST,)):
-        positions = run.split.positions(run.reference, *names)
-        positions = positions[is_labelled[positions]]
-        if names != (TEST,):
-            positions = positions[(labels.iloc[positions] != without).to_numpy()]
-        cells = run.reference[positions, run.prepared.var.index]
-        batch = cells.obs["batch"].astype(str).to_numpy()
-        obs = {"batch": batch, "label": labels.iloc[positions].to_numpy()}
-        made = ad.AnnData(sp.csr_matrix(cells.X, dtype=np.float32), obs=obs, var=cells.var[[]].copy())
-        made.obs_names = cells.obs_names
-        parts.append(made)
-    return Task(parts[0], parts[1], tuple(level.classes))
+Method = Callable[[Task, int], Array]
+"""Probabilities (n_query, n_classes) of a task and a seed."""
 
 
 def in_order(task: Task, probabilities: Array, classes: NDArray[Any]) -> Array:
@@ -132,40 +59,40 @@ def in_order(task: Task, probabilities: Array, classes: NDArray[Any]) -> Array:
     return found
 
 
-def logistic_regression(task: Task) -> Array:
+def logistic_regression(task: Task, _seed: int) -> Array:
     """On ln(1 + counts per 10,000)."""
     model = LogisticRegression(max_iter=1000).fit(log_normalise(task.reference), task.reference.obs["label"])
     return in_order(task, model.predict_proba(log_normalise(task.query)), model.classes_)
 
 
-def neighbours(task: Task) -> Array:
+def neighbours(task: Task, seed: int) -> Array:
     """Shares of the nearest cells' labels in principal components."""
     known, asked = (log_normalise(cells).toarray() for cells in (task.reference, task.query))
-    components = PCA(N_COMPONENTS, random_state=0).fit(known)
+    components = PCA(N_COMPONENTS, random_state=seed).fit(known)
     model = KNeighborsClassifier(N_NEIGHBOURS).fit(components.transform(known), task.reference.obs["label"])
     return in_order(task, model.predict_proba(components.transform(asked)), model.classes_)
 
 
-def celltypist(python: str) -> Callable[[Task], Array]:
+def celltypist(python: str) -> Method:
     """CellTypist in an environment of its own."""
 
-    def ask(task: Task) -> Array:
+    def ask(task: Task, _seed: int) -> Array:
         with tempfile.TemporaryDirectory() as folder:
             path, made = Path(folder) / "cells.h5ad", Path(folder) / "answers.npz"
             task.joined().write_h5ad(path)
             script = str(Path(__file__).with_name("celltypist_side.py"))
-            subprocess.run([python, script, str(path), str(made)], check=True, stdout=sys.stderr)
+            subprocess.run([python, script, "annotate", str(path), str(made)], check=True, stdout=sys.stderr)
             with np.load(made) as arrays:
                 return in_order(task, arrays["probabilities"], arrays["classes"])
 
     return ask
 
 
-def scanvi(scvi: ScviTools) -> Callable[[Task], Array]:
-    """SCANVI with the query mapped onto it."""
+def scanvi(scvi: ScviTools) -> Method:
+    """SCANVI, with the query mapped onto it where it is of another batch."""
 
-    def ask(task: Task) -> Array:
-        found = scvi.ask(task.joined(), "soft")[0]
+    def ask(task: Task, seed: int) -> Array:
+        found = scvi.ask_one(task.joined(), "soft", seed)
         return in_order(task, found["probabilities"], found["classes"])
 
     return ask
@@ -183,103 +110,172 @@ def figures(probabilities: Array, truth: NDArray[np.int64]) -> dict[str, float]:
     }
 
 
-def prediction_sets(model: Model, task: Task) -> dict[str, float]:
-    """Coverage and mean size on the query, at each asked coverage."""
-    found = {}
-    for asked in COVERAGES:
-        columns = annotate(model, sp.csr_matrix(task.query.X), AnnotateOptions(coverage=asked))
-        lists = columns["prediction_set"].lists()  # type: ignore[union-attr]
-        is_in = [label in names for label, names in zip(task.query.obs["label"], lists, strict=True)]
-        found[f"coverage at {asked:.0%}"] = float(np.mean(is_in))
-        found[f"mean size at {asked:.0%}"] = float(np.mean([len(names) for names in lists]))
-    return found
+def served(run: Run, task: Task) -> tuple[Array, dict[str, float]]:
+    """Probabilities of the query, and coverage and mean size of prediction sets, as a server of the exported run answers."""
+    sets = {}
+    with tempfile.TemporaryDirectory() as store:
+        exporting.export(run, Path(store))
+        with running_server(Path(store)) as url, Client(url) as client:
+            probabilities = client.annotate(task.query).obsm["probabilities"][list(task.classes)]
+            for asked in COVERAGES:
+                answer = client.run("annotate", task.query, coverage=asked)
+                names = [str(joined).split("|") if joined else [] for joined in answer.obs["prediction_set"]]
+                is_in = [label in found for label, found in zip(task.query.obs["label"], names, strict=True)]
+                sets[f"coverage at {asked:.0%}"] = float(np.mean(is_in))
+                sets[f"mean size at {asked:.0%}"] = float(np.mean([len(found) for found in names]))
+    return probabilities.to_numpy(dtype=np.float64), sets
 
 
-def unknown_types(run: Run, score: str, scvi: Callable[[Task], Array] | None) -> Iterator[tuple[str, dict[str, float]]]:
-    """For each class the AUROC of telling its test cells from the others', by models that never met it."""
+def fit(material: Material, finds_unknown: bool) -> Run:
+    """Our side, trained and calibrated."""
+    config = material.config
+    reference = config.export.reference.model_copy(update={"project": False})
+    lean = config.export.model_copy(update={"gene_sets": (), "reference": reference})  # what annotate does not need
+    with tempfile.TemporaryDirectory() as folder:
+        run = runs.fit(config.model_copy(update={"export": lean}), Path(folder) / "run", show_progress=False)
+    assert list(run.prepared.var.index) == list(material.genes), "the others have these genes"
+    return dataclasses.replace(run, calibration=calibrate(run, finds_unknown=finds_unknown))
+
+
+def unknown_types(
+    material: Material, run: Run, score: str, method: Method | None, seed: int
+) -> dict[str, dict[str, float]]:
+    """For each class the AUROC of telling its query cells from the others', by models that never met it."""
     level = run.config.labels[0]
-    test = run.split.positions(run.reference, TEST)
-    labels = run.reference.obs[level.name].astype(str).iloc[test]
+    query = run.split.positions(run.reference, material.setup.query)
+    labels = run.reference.obs[level.name].astype(str).iloc[query]
+    answers: dict[str, dict[str, float]] = {}
     for name in level.classes:
         is_unknown = (labels == name).to_numpy()
         if is_unknown.sum() < 2:
             continue
-        known = test[~is_unknown & labels.isin(level.classes).to_numpy()]
-        trial = unknown.leave_out(run, name, known, test[is_unknown], 1.0)
-        found = {"ours": unknown.aurocs(trial)[score]}
-        if scvi is not None:
-            task = make_task(run, without=name)
-            found["SCANVI, 1 - max probability"] = float(
-                roc_auc_score(task.query.obs["label"] == name, 1 - scvi(task).max(axis=1))
+        known = query[~is_unknown & labels.isin(level.classes).to_numpy()]
+        trial = unknown.leave_out(run, name, known, query[is_unknown], 1.0)
+        answers[name] = {OURS: unknown.aurocs(trial)[score]}
+        if method is not None:
+            task = material.task(without=name)
+            confidence = method(task, seed).max(axis=1)
+            answers[name]["SCANVI, 1 - max probability"] = float(roc_auc_score(task.truth < 0, 1 - confidence))
+    return answers
+
+
+def score_of(run: Run) -> str:
+    """The mapping score that the calibration chose."""
+    assert run.calibration is not None
+    assert run.calibration.unknown is not None
+    return run.calibration.unknown.score
+
+
+def medians(unseen: list[dict[str, dict[str, float]]]) -> dict[str, Any]:
+    """AUROC by type, and its median over types; over seeds each. A method that was asked with fewer seeds has fewer."""
+    methods = dict.fromkeys(method for found in unseen for one in found.values() for method in one)
+    types = {
+        name: {
+            method: summary([found[name][method] for found in unseen if method in found[name]]) for method in methods
+        }
+        for name in unseen[0]
+    }
+    groups = {"all types": list(types), "no mere subtypes": [name for name in types if name not in SUBTYPES]}
+    over = {
+        group: {
+            method: summary(
+                [
+                    float(np.median([found[one][method] for one in names]))
+                    for found in unseen
+                    if method in found[names[0]]
+                ]
             )
-        yield name, found
+            for method in methods
+        }
+        for group, names in groups.items()
+    }
+    return {"types": types, "median": over}
 
 
-def measure(name: str, n_seeds: int, methods: dict[str, Callable[[Task], Array]]) -> dict[str, Any]:
-    """Everything of a data set."""
+@dataclasses.dataclass(frozen=True)
+class Seeds:
+    """How many seeds; SCANVI, which trains for minutes, may have fewer."""
+
+    ours: int
+    scanvi: int
+    scanvi_unknown: int
+    """With which it is trained without each type in turn, too."""
+
+
+def measure(name: str, seeds: Seeds, methods: dict[str, Method]) -> dict[str, Any]:
+    """Everything of a setup."""
+    setup = SETUPS[name]
     labels: dict[str, dict[str, list[float]]] = {}
     sets: dict[str, list[float]] = {}
-    unseen: dict[str, dict[str, list[float]]] = {}
-    chosen = []
-    for seed in range(n_seeds):
-        with tempfile.TemporaryDirectory() as folder:
-            made = runs.fit(configure(name, seed), Path(folder) / "run", show_progress=False)
-            made = dataclasses.replace(made, calibration=calibrate(made))
-            model = serving.load(artifact.read(exporting.export(made, Path(folder) / "store")), Runtime())
-        task = make_task(made)
-        ours = annotate(model, sp.csr_matrix(task.query.X), AnnotateOptions())["probabilities"].values  # type: ignore[union-attr]
-        answers = {"ours": ours.astype(np.float64)} | {method: ask(task) for method, ask in methods.items()}
-        for method, probabilities in answers.items():
-            for figure, value in figures(probabilities, task.truth).items():
+    unseen, chosen, sizes = [], [], []
+    for seed in range(seeds.ours):
+        material = prepared(setup, seed)
+        run, task = fit(material, setup.leaves_out), material.task()
+        probabilities, of_sets = served(run, task)
+        asked = {method: ask for method, ask in methods.items() if method != SCANVI or seed < seeds.scanvi}
+        answers = {OURS: probabilities} | {method: ask(task, seed) for method, ask in asked.items()}
+        for method, found in answers.items():
+            for figure, value in figures(found, task.truth).items():
                 labels.setdefault(method, {}).setdefault(figure, []).append(value)
-        for figure, value in prediction_sets(model, task).items():
+        for figure, value in of_sets.items():
             sets.setdefault(figure, []).append(value)
-        assert model.manifest.unknown is not None, "both data sets have three classes and more"
-        chosen.append(model.manifest.unknown.score)
-        for left_out, found in unknown_types(made, model.manifest.unknown.score, methods.get("SCANVI")):
-            for method, value in found.items():
-                unseen.setdefault(left_out, {}).setdefault(method, []).append(value)
+        sizes.append({"reference": task.reference.n_obs, "query": task.query.n_obs})
+        if setup.leaves_out:
+            chosen.append(score_of(run))
+            beside = methods.get(SCANVI) if seed < seeds.scanvi_unknown else None
+            unseen.append(unknown_types(material, run, chosen[-1], beside, seed))
+        print(f"{name}, seed {seed}: done", file=sys.stderr, flush=True)
     return {
+        "cells": sizes[0],
         "labels": {method: {one: summary(values) for one, values in found.items()} for method, found in labels.items()},
         "prediction_sets": {one: summary(values) for one, values in sets.items()},
-        "unknown": {one: {m: summary(values) for m, values in found.items()} for one, found in unseen.items()},
-        "unknown_median": {
-            what: {
-                method: summary(
-                    [float(np.median([unseen[one][method][seed] for one in names])) for seed in range(n_seeds)]
-                )
-                for method in next(iter(unseen.values()))
-            }
-            for what, names in (
-                ("all types", list(unseen)),
-                ("no mere subtypes", [o for o in unseen if o not in SUBTYPES]),
-            )
-        },
-        "mapping_score": chosen,
+        "is_drawn": setup.is_drawn,
+        **({"unknown": medians(unseen), "mapping_score": chosen} if unseen else {}),
     }
+
+
+def warm(name: str, seeds: Seeds, ask: Method) -> None:
+    """Let SCANVI answer everything that `measure` will ask it."""
+    for seed in range(seeds.scanvi):
+        material = prepared(SETUPS[name], seed)
+        left_out = material.config.labels[0].classes if SETUPS[name].leaves_out and seed < seeds.scanvi_unknown else ()
+        for without in (None, *left_out):
+            ask(material.task(without), seed)
 
 
 def main() -> int:
     """Measure, write and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("data", nargs="*", choices=[*DATASETS, []], help="default: all")
+    parser.add_argument("setups", nargs="*", choices=[*SETUPS, []], help="default: all")
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--scanvi-seeds", type=int, help="default: as many")
+    parser.add_argument(
+        "--scanvi-unknown-seeds", type=int, help="with which SCANVI is trained without each type, too; default: as many"
+    )
     parser.add_argument("--scvi-python", default=os.environ.get("CELLSERVE_BENCH_PYTHON"), help="without: no SCANVI")
     parser.add_argument(
         "--celltypist-python", default=os.environ.get("CELLSERVE_CELLTYPIST_PYTHON"), help="without: no CellTypist"
     )
     parser.add_argument("--cache", type=Path, default=ROOT / ".cache/scvi_quality", help="answers of scvi-tools, kept")
+    parser.add_argument("--scanvi-only", action="store_true", help="only fill that cache, which takes longest")
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks/annotation.json")
     options = parser.parse_args()
-    methods: dict[str, Callable[[Task], Array]] = {"logistic regression": logistic_regression, "kNN on PCA": neighbours}
+    methods: dict[str, Method] = {"logistic regression": logistic_regression, "kNN on PCA": neighbours}
     if options.celltypist_python:
         methods["CellTypist"] = celltypist(options.celltypist_python)
     if options.scvi_python:
-        methods["SCANVI"] = scanvi(ScviTools(options.scvi_python, options.cache, 1))
+        methods[SCANVI] = scanvi(ScviTools(options.scvi_python, options.cache, options.seeds))
+    n_scanvi = options.seeds if options.scanvi_seeds is None else options.scanvi_seeds
+    n_unknown = n_scanvi if options.scanvi_unknown_seeds is None else options.scanvi_unknown_seeds
+    seeds = Seeds(options.seeds, n_scanvi, n_unknown)
     known = json.loads(options.output.read_text()) if options.output.exists() else {}
-    for name in options.data or list(DATASETS):
-        known[name] = {"machine": machine(), "n_seeds": options.seeds, **measure(name, options.seeds, methods)}
-        options.output.write_text(json.dumps(known, indent=1) + "\n")
+    for name in options.setups or list(SETUPS):
+        if options.scanvi_only:
+            warm(name, seeds, methods[SCANVI])
+            continue
+        found = measure(name, seeds, methods)
+        known[name] = {"machine": machine(), "n_seeds": dataclasses.asdict(seeds), **found}
+        options.output.write_text(json.dumps(known, indent=1, ensure_ascii=False) + "\n")
         show(name, known[name])
     return 0
 

@@ -140,13 +140,12 @@ class ScviTools:
 
     def ask(self, cells: ad.AnnData, mode: str) -> list[Answers]:
         """What it makes of the cells, seed by seed; for the modes see scvi_quality.py."""
-        about = hashlib.sha256(sp.csr_matrix(cells.X).data.tobytes() + cells.obs.to_csv().encode())
-        return [
-            self._ask(cells, mode, seed, self.cache / f"{mode}-{about.hexdigest()[:16]}-{seed}.npz")
-            for seed in range(self.n_seeds)
-        ]
+        return [self.ask_one(cells, mode, seed) for seed in range(self.n_seeds)]
 
-    def _ask(self, cells: ad.AnnData, mode: str, seed: int, kept: Path) -> Answers:
+    def ask_one(self, cells: ad.AnnData, mode: str, seed: int) -> Answers:
+        """What it makes of the cells with one seed."""
+        about = hashlib.sha256(sp.csr_matrix(cells.X).data.tobytes() + cells.obs.to_csv().encode()).hexdigest()
+        kept = self.cache / f"{mode}-{about[:16]}-{seed}.npz"
         if not kept.exists():
             kept.parent.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory() as folder:

@@ -3,7 +3,8 @@
 Arguments: cells.h5ad answers.npz mode seed n_threads. `obs` has batch, label and part ("reference" or "query"). Modes:
 
     scarches    SCVI and SCANVI on the reference, then SCANVI.load_query_data on the query: the settings of scvi-tools' own tutorial
-    soft        the same, with the probability of every class: arrays `probabilities` (n_query, n_classes) and `classes`
+    soft        the probability of every class: arrays `probabilities` (n_query, n_classes) and `classes`. The query is mapped as above where it
+                brings a batch of its own, and predicted as it is elsewhere
     joint       SCVI on all cells; SCANVI from it with the query's labels hidden, and SCANVI from it with all labels
 
 Every model is trained for the epochs that scvi-tools chooses, SCVI with its early stopping. Answers: arrays (n_cells, n_latent) called
@@ -38,15 +39,23 @@ def supervised(model: scvi.model.SCVI, adata: ad.AnnData, labels: str) -> scvi.m
     return made
 
 
-def mapped(adata: ad.AnnData) -> scvi.model.SCANVI:
-    """The query mapped onto a model of the reference."""
-    reference = adata[adata.obs["part"] == "reference"].copy()
-    query = adata[adata.obs["part"] == "query"].copy()
+def divided(adata: ad.AnnData) -> tuple[ad.AnnData, ad.AnnData]:
+    """Reference, and query without its labels."""
+    reference, query = (adata[adata.obs["part"] == part].copy() for part in ("reference", "query"))
+    query.obs["label"] = HIDDEN
+    return reference, query
+
+
+def learned(reference: ad.AnnData) -> scvi.model.SCANVI:
+    """A model of the reference that a query can be mapped onto."""
     scvi.model.SCVI.setup_anndata(reference, batch_key="batch")
     base = scvi.model.SCVI(reference, **SCARCHES)
     base.train(early_stopping=True, **QUIET)
-    model = supervised(base, reference, "label")
-    query.obs["label"] = HIDDEN
+    return supervised(base, reference, "label")
+
+
+def mapped(query: ad.AnnData, model: scvi.model.SCANVI) -> scvi.model.SCANVI:
+    """The query mapped onto a model of the reference."""
     found = scvi.model.SCANVI.load_query_data(query, model)
     found.train(max_epochs=100, plan_kwargs={"weight_decay": 0.0}, **QUIET)
     return found
@@ -54,12 +63,18 @@ def mapped(adata: ad.AnnData) -> scvi.model.SCANVI:
 
 def scarches(adata: ad.AnnData) -> dict[str, np.ndarray]:
     """Labels of the query."""
-    return {"labels": mapped(adata).predict().astype(str)}
+    reference, query = divided(adata)
+    return {"labels": mapped(query, learned(reference)).predict().astype(str)}
 
 
 def soft(adata: ad.AnnData) -> dict[str, np.ndarray]:
     """Probabilities of the query's classes."""
-    found = mapped(adata).predict(soft=True)
+    reference, query = divided(adata)
+    model = learned(reference)
+    if set(query.obs["batch"]) <= set(reference.obs["batch"]):
+        found = model.predict(query, soft=True)
+    else:
+        found = mapped(query, model).predict(soft=True)
     return {"probabilities": found.to_numpy(), "classes": found.columns.to_numpy().astype(str)}
 
 

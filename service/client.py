@@ -114,6 +114,15 @@ class Client:
         """A copy with `predicted_labels` and `conf_score` in obs. Arguments and errors as of `run`."""
         return self.run("annotate", adata, layer=layer, gene_key=gene_key, on_progress=on_progress)
 
+    def describe(
+        self, adata: ad.AnnData, *, layer: str | None = None, gene_key: str | None = None, **options: Any
+    ) -> ad.AnnData:
+        """A copy with all that is known of each cell: what `annotate`, `map` and `explain` say.
+
+        Options as of POST /v1/describe: `top_k`, `coverage`, `unknown_threshold`, `k`, `top`. Arguments and errors as of `run`.
+        """
+        return self.run("describe", adata, layer=layer, gene_key=gene_key, **options)
+
     def vote(self, adata: ad.AnnData, *, cluster_key: str | None = None, min_share: float = 0.0) -> ad.AnnData:
         """A copy of annotated cells with `majority_labels` in obs: the label that most cells of a cell's cluster have.
 

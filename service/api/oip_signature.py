@@ -47,7 +47,7 @@ def _look(model: Model) -> Outputs:
     empty = csr(nothing, np.empty(0, np.int32), np.zeros(2, np.int32), model.manifest.genes.n_genes)
     outputs: Outputs = {}
     for task in TASKS.values():
-        if offers(model, task):
+        if offers(model, task) and not task.is_composite:
             for name, column in task.run(model, empty, task.read_options({}, model)).items():
                 datatype, (_, *widths) = describe(column)
                 tasks = outputs[name].tasks if name in outputs else ()

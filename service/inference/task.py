@@ -52,6 +52,9 @@ class Task:
     needs_reference: bool = False
     """Whether the artifact must hold reference cells."""
 
+    is_composite: bool = False
+    """Whether it gives columns of other tasks only."""
+
     def offered_by(self, model: Model) -> bool:
         """Whether a model has all that the task needs."""
         return set(self.graphs) <= set(model.sessions) and (model.reference is not None or not self.needs_reference)
