@@ -46,7 +46,7 @@ TEST_IMAGE = CELLSERVE_TEST_IMAGE=$(IMAGE) CELLSERVE_TEST_ENGINE="$(ENGINE) $(EN
 SAFE_OPTIONS = --read-only --tmpfs /tmp --cap-drop ALL --security-opt no-new-privileges
 
 .PHONY: help setup setup-serve serve train calibrate evaluate export reproduce test lint bench bento image image-gpu image-bentoml run-image test-image \
-  bench-image bench-stages bench-servers bench-cold-start bench-overload bench-stream bench-training bench-quality bench-annotation \
+  bench-image bench-stages bench-servers bench-cold-start bench-overload bench-stream bench-training bench-quality bench-annotation bench-concurrent \
   bench-out-of-core bench-families bench-reproducibility bench-swaps docs examples lock clean
 .DEFAULT_GOAL := help
 
@@ -100,6 +100,9 @@ bench-quality: $(DEV)/.ready $(BENCH)/.ready  ## accuracy and integration beside
 bench-annotation: $(DEV)/.ready $(SERVE)/.ready $(BENCH)/.ready $(CELLTYPIST)/.ready  ## annotate beside baselines, CellTypist and SCANVI, three seeds
 	CELLSERVE_TEST_SERVER_PYTHON=$(SERVE)/bin/python CELLSERVE_BENCH_PYTHON=$(BENCH)/bin/python CELLSERVE_CELLTYPIST_PYTHON=$(CELLTYPIST)/bin/python \
 	  $(DEV)/bin/python -m benchmarks.annotation
+
+bench-concurrent: $(DEV)/.ready $(SERVE)/.ready $(CELLTYPIST)/.ready  ## eight clients with different genes at once: same answers as alone? CellTypist beside
+	CELLSERVE_TEST_SERVER_PYTHON=$(SERVE)/bin/python CELLSERVE_CELLTYPIST_PYTHON=$(CELLTYPIST)/bin/python $(DEV)/bin/python -m benchmarks.concurrent_clients
 
 bench-out-of-core: $(DEV)/.ready  ## an epoch on a zarr of a million cells: seconds and peak memory
 	$(DEV)/bin/python -m benchmarks.out_of_core

@@ -39,13 +39,17 @@ def _seeds(found: dict[str, Any]) -> str:
     seeds = {(one["n_seeds"]["ours"], one["n_seeds"]["scanvi"]) for one in found.values()}
     assert len(seeds) == 1, "the setups were measured with different seeds"
     ours, scanvi = seeds.pop()
-    return f"\nMedians of {ours} seeds, of {scanvi} for SCANVI.\n" if ours != scanvi else f"\nMedians of {ours} seeds.\n"
+    return (
+        f"\nMedians of {ours} seeds, of {scanvi} for SCANVI.\n" if ours != scanvi else f"\nMedians of {ours} seeds.\n"
+    )
 
 
 def prediction_sets() -> str:
     """Coverage and mean size at each asked coverage, where reference and query are of one population."""
     found = {name: one for name, one in _read("annotation").items() if one["is_drawn"]}
-    asked = [name.removeprefix("coverage at ") for name in next(iter(found.values()))["prediction_sets"] if "cov" in name]
+    asked = [
+        name.removeprefix("coverage at ") for name in next(iter(found.values()))["prediction_sets"] if "cov" in name
+    ]
     rows = [
         (
             name,
@@ -68,7 +72,10 @@ def unknown() -> str:
         if "unknown" not in one:
             continue
         methods = list(one["unknown"]["median"]["all types"])
-        parts = {**one["unknown"]["types"], **{f"**median, {group}**": m for group, m in one["unknown"]["median"].items()}}
+        parts = {
+            **one["unknown"]["types"],
+            **{f"**median, {group}**": m for group, m in one["unknown"]["median"].items()},
+        }
         rows += [
             (name, part, *(f"{values[method]['median']:.3f}" if method in values else "" for method in methods))
             for part, values in parts.items()

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from docs import annotation_figures
 from docs.serving_figures import cold_start, million_cells, overload, servers, single_cells
 from docs.tables import table as _table
 from service import metrics
@@ -421,6 +422,11 @@ PARTS: dict[str, Callable[[], str]] = {
     "reproducibility": reproducibility,
     "autoencoders": autoencoders,
     "swaps": swaps,
+    "annotation_labels": annotation_figures.labels,
+    "annotation_confidence": annotation_figures.confidence,
+    "annotation_sets": annotation_figures.prediction_sets,
+    "annotation_unknown": annotation_figures.unknown,
+    "annotation_concurrent": annotation_figures.concurrent,
     "explanation": explanation,
     "units": units,
     "orthogonality": orthogonality,

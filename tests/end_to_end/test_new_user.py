@@ -29,24 +29,25 @@ def refusal(server: Server, body: object, path: str = "/v1/annotate", status: in
 
 
 def test_the_curl_of_the_readme(server: Server) -> None:
-    """README's cells are a B cell, a monocyte and an NK cell, with the very answer that README shows."""
+    """README's cell is a monocyte, with the very answer that README shows."""
     examples = ROOT / "docs/examples"
-    answer = httpx.post(
-        server.url + "/v1/annotate", content=(examples / "cells.json").read_bytes(), headers=JSON
-    ).json()
+    answer = httpx.post(server.url + "/v1/describe", content=(examples / "cell.json").read_bytes(), headers=JSON).json()
+    (cell,), (shown,) = answer["cells"], json.loads((examples / "describe.json").read_text())["cells"]
 
-    assert [cell["predicted_labels"] for cell in answer["cells"]] == ["B", "Monocyte", "NK"]
-    shown = json.loads((examples / "annotate.json").read_text())
-    for cell, other in zip(answer["cells"], shown["cells"], strict=True):
+    assert cell["predicted_labels"] == "Monocyte"
+    assert list(cell) == list(shown)
+    for name in ("predicted_labels_cell_subtype", "top_labels", "prediction_set", "neighbours", "top_genes"):
+        assert cell[name] == shown[name]
+    for name in ("conf_score", "mapping_score", "vote_share"):
         # 1e-4: another processor may differ in the last bits.
-        assert cell["conf_score"] == pytest.approx(other["conf_score"], abs=1e-4)
+        assert cell[name] == pytest.approx(shown[name], abs=1e-4)
 
 
 def test_one_cell(server: Server, cells: ad.AnnData) -> None:
     """One cell is answered by every task."""
     one = dict(zip(cells.var_names, cells.X[0].toarray().ravel().tolist(), strict=True))
     body = json.dumps({"genes": list(one), "cells": [one]})
-    for task in ("embed", "annotate", "reconstruct"):
+    for task in ("embed", "annotate", "reconstruct", "map", "explain", "describe"):
         answer = httpx.post(f"{server.url}/v1/{task}", content=body, headers=JSON)
         assert answer.status_code == 200
         assert len(answer.json()["cells"]) == 1
@@ -152,7 +153,7 @@ def test_an_empty_body(server: Server) -> None:
 def test_empty_cells(server: Server, shipped: Artifact) -> None:
     """A cell without counts is answered, flagged and Unknown; no number in the answer is not finite."""
     body = {"genes": shipped.genes.gene_symbol, "cells": [{}, {"LYZ": 3}]}
-    for task in ("embed", "annotate", "reconstruct"):
+    for task in ("embed", "annotate", "reconstruct", "map", "explain", "describe"):
         answer = httpx.post(f"{server.url}/v1/{task}", content=json.dumps(body), headers=JSON)
         assert answer.status_code == 200
         assert "NaN" not in answer.text
