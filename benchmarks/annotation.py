@@ -34,9 +34,10 @@ from tests.end_to_end.server import running_server
 from training import export as exporting
 from training import run as runs
 from training.calibration import unknown
-from training.calibration.calibrate import calibrate
+from training.calibration.calibrate import SHARE_OF_EPOCHS, calibrate
 from training.calibration.probabilities import reliability
 from training.calibration.sets import COVERAGES
+from training.data.splits import TRAIN, VALIDATION
 from training.run import Run
 
 ROOT = Path(__file__).parent.parent
@@ -126,7 +127,7 @@ def served(run: Run, task: Task) -> tuple[Array, dict[str, float]]:
     return probabilities.to_numpy(dtype=np.float64), sets
 
 
-def fit(material: Material, finds_unknown: bool) -> Run:
+def fit(material: Material) -> Run:
     """Our side, trained and calibrated."""
     config = material.config
     reference = config.export.reference.model_copy(update={"project": False})
@@ -134,36 +135,54 @@ def fit(material: Material, finds_unknown: bool) -> Run:
     with tempfile.TemporaryDirectory() as folder:
         run = runs.fit(config.model_copy(update={"export": lean}), Path(folder) / "run", show_progress=False)
     assert list(run.prepared.var.index) == list(material.genes), "the others have these genes"
-    return dataclasses.replace(run, calibration=calibrate(run, finds_unknown=finds_unknown))
+    return dataclasses.replace(run, calibration=calibrate(run, finds_unknown=False))
 
 
-def unknown_types(
-    material: Material, run: Run, score: str, method: Method | None, seed: int
-) -> dict[str, dict[str, float]]:
-    """For each class the AUROC of telling its query cells from the others', by models that never met it."""
-    level = run.config.labels[0]
-    query = run.split.positions(run.reference, material.setup.query)
-    labels = run.reference.obs[level.name].astype(str).iloc[query]
+def unknown_types(material: Material, method: Method | None, seed: int) -> tuple[str, dict[str, dict[str, float]]]:
+    """The score that validation cells choose, and for each class its AUROC of telling the class's query cells from the others'.
+
+    The networks never met the class and are those of `calibrate`; its training and validation cells help to choose, its query cells do not.
+    """
+    config, reference, split = material.config, material.reference, material.split
+    level = config.labels[0]
+    labels = reference.obs[level.name].astype(str)
+    query, validation, seen = (
+        split.positions(reference, *parts) for parts in ((material.setup.query,), (VALIDATION,), (TRAIN, VALIDATION))
+    )
+    chosen_by, asked = {}, {}
     answers: dict[str, dict[str, float]] = {}
     for name in level.classes:
-        is_unknown = (labels == name).to_numpy()
-        if is_unknown.sum() < 2:
+        is_class = (labels == name).to_numpy()
+        is_other = labels.isin(level.classes).to_numpy() & ~is_class
+        known = [validation[is_other[validation]], query[is_other[query]]]
+        left_out = [seen[is_class[seen]], query[is_class[query]]]
+        if min(map(len, left_out)) < unknown.MIN_CELLS:
             continue
-        known = query[~is_unknown & labels.isin(level.classes).to_numpy()]
-        trial = unknown.leave_out(run, name, known, query[is_unknown], 1.0)
-        answers[name] = {OURS: unknown.aurocs(trial)[score]}
+        trial = unknown.leave_out(
+            config, reference, split, name, np.concatenate(known), np.concatenate(left_out), SHARE_OF_EPOCHS
+        )
+        n_known, n_unknown = len(known[0]), len(left_out[0])
+        chosen_by[name], asked[name] = (
+            unknown.aurocs(
+                unknown.Trial(
+                    name,
+                    {score: values[of_known] for score, values in trial.known.items()},
+                    {score: values[of_unknown] for score, values in trial.unknown.items()},
+                )
+            )
+            for of_known, of_unknown in (
+                (slice(n_known), slice(n_unknown)),
+                (slice(n_known, None), slice(n_unknown, None)),
+            )
+        )
+        answers[name] = {}
         if method is not None:
             task = material.task(without=name)
             confidence = method(task, seed).max(axis=1)
             answers[name]["SCANVI, 1 - max probability"] = float(roc_auc_score(task.truth < 0, 1 - confidence))
-    return answers
-
-
-def score_of(run: Run) -> str:
-    """The mapping score that the calibration chose."""
-    assert run.calibration is not None
-    assert run.calibration.unknown is not None
-    return run.calibration.unknown.score
+    mean = unknown.means(chosen_by)
+    score = max(mean, key=lambda name: mean[name])
+    return score, {name: {OURS: asked[name][score], **found} for name, found in answers.items()}
 
 
 def medians(unseen: list[dict[str, dict[str, float]]]) -> dict[str, Any]:
@@ -202,15 +221,15 @@ class Seeds:
     """With which it is trained without each type in turn, too."""
 
 
-def measure(name: str, seeds: Seeds, methods: dict[str, Method]) -> dict[str, Any]:
-    """Everything of a setup."""
+def measure_labels(name: str, seeds: Seeds, methods: dict[str, Method]) -> dict[str, Any]:
+    """Labels, confidence and prediction sets of a setup."""
     setup = SETUPS[name]
     labels: dict[str, dict[str, list[float]]] = {}
     sets: dict[str, list[float]] = {}
-    unseen, chosen, sizes = [], [], []
+    sizes = []
     for seed in range(seeds.ours):
         material = prepared(setup, seed)
-        run, task = fit(material, setup.leaves_out), material.task()
+        run, task = fit(material), material.task()
         probabilities, of_sets = served(run, task)
         asked = {method: ask for method, ask in methods.items() if method != SCANVI or seed < seeds.scanvi}
         answers = {OURS: probabilities} | {method: ask(task, seed) for method, ask in asked.items()}
@@ -220,18 +239,28 @@ def measure(name: str, seeds: Seeds, methods: dict[str, Method]) -> dict[str, An
         for figure, value in of_sets.items():
             sets.setdefault(figure, []).append(value)
         sizes.append({"reference": task.reference.n_obs, "query": task.query.n_obs})
-        if setup.leaves_out:
-            chosen.append(score_of(run))
-            beside = methods.get(SCANVI) if seed < seeds.scanvi_unknown else None
-            unseen.append(unknown_types(material, run, chosen[-1], beside, seed))
-        print(f"{name}, seed {seed}: done", file=sys.stderr, flush=True)
+        print(f"{name}, seed {seed}: {figures(probabilities, task.truth)}", file=sys.stderr, flush=True)
     return {
         "cells": sizes[0],
         "labels": {method: {one: summary(values) for one, values in found.items()} for method, found in labels.items()},
         "prediction_sets": {one: summary(values) for one, values in sets.items()},
         "is_drawn": setup.is_drawn,
-        **({"unknown": medians(unseen), "mapping_score": chosen} if unseen else {}),
     }
+
+
+def measure_unknown(name: str, seeds: Seeds, methods: dict[str, Method]) -> dict[str, Any]:
+    """Types of a setup left out in turn, where it asks for that."""
+    unseen, chosen = [], []
+    for seed in range(seeds.ours if SETUPS[name].leaves_out else 0):
+        asked = methods.get(SCANVI) if seed < seeds.scanvi_unknown else None
+        score, found = unknown_types(prepared(SETUPS[name], seed), asked, seed)
+        chosen.append(score)
+        unseen.append(found)
+        print(f"{name}, seed {seed}: {score} {found}", file=sys.stderr, flush=True)
+    return {"unknown": medians(unseen), "mapping_score": chosen} if unseen else {}
+
+
+PARTS = {"labels": measure_labels, "unknown": measure_unknown}
 
 
 def warm(name: str, seeds: Seeds, ask: Method) -> None:
@@ -247,6 +276,7 @@ def main() -> int:
     """Measure, write and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("setups", nargs="*", choices=[*SETUPS, []], help="default: all")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--scanvi-seeds", type=int, help="default: as many")
     parser.add_argument(
@@ -273,8 +303,9 @@ def main() -> int:
         if options.scanvi_only:
             warm(name, seeds, methods[SCANVI])
             continue
-        found = measure(name, seeds, methods)
-        known[name] = {"machine": machine(), "n_seeds": dataclasses.asdict(seeds), **found}
+        found = [PARTS[part](name, seeds, methods) for part in options.parts]
+        known[name] = known.get(name, {}) | {"machine": machine(), "n_seeds": dataclasses.asdict(seeds)}
+        known[name] |= {key: value for one in found for key, value in one.items()}
         options.output.write_text(json.dumps(known, indent=1, ensure_ascii=False) + "\n")
         show(name, known[name])
     return 0

@@ -468,7 +468,7 @@ def calibrated_parts(contents: dict[str, bytes]) -> dict[str, Any]:
             "share_of_epochs": 0.5,
             "cells": "validation",
             "n_cells": 40,
-            "median_auroc": {"energy": 0.9},
+            "mean_auroc": {"energy": 0.9},
             "left_out": [left_out],
         },
     }

@@ -184,7 +184,7 @@ class UnknownDetection(Strict):
     """The part of the data that known cells are taken from."""
 
     n_cells: Annotated[int, Field(gt=0)]
-    median_auroc: dict[str, Share]
+    mean_auroc: dict[str, Share]
     """By candidate, over the classes."""
 
     left_out: tuple[LeftOut, ...]

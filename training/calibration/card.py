@@ -69,12 +69,12 @@ def _conformal(conformal: Conformal) -> str:
 
 
 def _unknown(unknown: UnknownDetection) -> str:
-    names = sorted(unknown.median_auroc, key=lambda name: -unknown.median_auroc[name])
+    names = sorted(unknown.mean_auroc, key=lambda name: -unknown.mean_auroc[name])
     rows = [
         (one.name, f"{one.n_unknown:,}", *(f"{one.auroc[name]:.3f}" for name in names), f"{one.detected:.0%}")
         for one in unknown.left_out
     ]
-    rows.append(("median", "", *(f"{unknown.median_auroc[name]:.3f}" for name in names), ""))
+    rows.append(("mean", "", *(f"{unknown.mean_auroc[name]:.3f}" for name in names), ""))
     return (
         f"## Unknown cells\n\n`mapping_score` is `{unknown.score}` as a share of {unknown.n_cells:,} {unknown.cells} cells; below "
         f"{unknown.threshold:g} a cell is `Unknown`, as about that share of cells of the reference is. AUROC of telling cells of a type from "

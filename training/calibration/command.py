@@ -50,6 +50,6 @@ def describe(found: Calibration) -> None:
         )
     if found.unknown is not None:
         console.print(
-            f"unknown cells: {found.unknown.score}, median AUROC {found.unknown.median_auroc[found.unknown.score]:.3f}, threshold "
+            f"unknown cells: {found.unknown.score}, mean AUROC {found.unknown.mean_auroc[found.unknown.score]:.3f}, threshold "
             f"{found.unknown.threshold}"
         )
