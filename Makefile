@@ -46,7 +46,7 @@ TEST_IMAGE = CELLSERVE_TEST_IMAGE=$(IMAGE) CELLSERVE_TEST_ENGINE="$(ENGINE) $(EN
 SAFE_OPTIONS = --read-only --tmpfs /tmp --cap-drop ALL --security-opt no-new-privileges
 
 .PHONY: help setup setup-serve serve train calibrate evaluate export reproduce test lint bench bento image image-gpu image-bentoml run-image test-image \
-  bench-image bench-stages bench-servers bench-cold-start bench-overload bench-stream bench-training bench-quality bench-annotation bench-concurrent \
+  bench-image bench-stages bench-servers bench-variants bench-cold-start bench-overload bench-stream bench-training bench-quality bench-annotation bench-concurrent \
   bench-out-of-core bench-families bench-reproducibility bench-swaps docs examples lock clean
 .DEFAULT_GOAL := help
 
@@ -138,6 +138,9 @@ test-image: $(DEV)/.ready  ## start IMAGE and prove it: safe options, same bits,
 bench-servers: $(DEV)/.ready $(SERVE)/.ready $(SERVERS)/.ready $(BENCH)/.ready  ## embedding beside Triton, MLServer, plain BentoML and scvi-tools
 	CELLSERVE_TEST_SERVER_PYTHON=$(SERVE)/bin/python CELLSERVE_BENCH_PYTHON=$(BENCH)/bin/python $(DEV)/bin/python -m benchmarks.embed_servers --provider $(or $(BENCH_DEVICE),cpu)
 
+bench-variants: $(DEV)/.ready $(SERVE)/.ready $(BENCH)/.ready  ## embedding in 8 bits, and with the answer cache, beside neither
+	CELLSERVE_TEST_SERVER_PYTHON=$(SERVE)/bin/python CELLSERVE_BENCH_PYTHON=$(BENCH)/bin/python $(DEV)/bin/python -m benchmarks.variants
+
 bench-cold-start: $(DEV)/.ready $(SERVE)/.ready $(SERVERS)/.ready  ## from start to ready and first answer, and memory, beside the same servers
 	CELLSERVE_TEST_SERVER_PYTHON=$(SERVE)/bin/python $(DEV)/bin/python -m benchmarks.cold_start
 
@@ -184,13 +187,15 @@ $(SERVERS)/.ready: requirements/servers.txt
 $(CELLTYPIST)/.ready: requirements/celltypist.txt
 $(SERVERS)/.ready $(CELLTYPIST)/.ready: | $(UV)
 	$(UV) venv -q --allow-existing --python $(PYTHON) $(@D)
-	$(UV) pip sync -q --require-hashes --python $(@D) $(filter requirements/%,$^)
+	$(UV) pip sync -q --compile-bytecode --require-hashes --python $(@D) $(filter requirements/%,$^)
 	touch $@
+
+# Byte code is written once and here: without it a start takes twice as long, every time where PYTHONDONTWRITEBYTECODE is set.
 
 # What the server needs is SERVE_LOCK alone; the client and the command line come with it because people try both here.
 $(SERVE)/.ready: $(SERVE_LOCK) requirements/client.txt pyproject.toml | $(UV)
 	$(UV) venv -q --allow-existing --python $(PYTHON) $(@D)
-	$(UV) pip sync -q --require-hashes --python $(@D) $(SERVE_LOCK) requirements/client.txt
+	$(UV) pip sync -q --compile-bytecode --require-hashes --python $(@D) $(SERVE_LOCK) requirements/client.txt
 	$(UV) pip install -q --no-deps --python $(@D) -e .
 	touch $@
 
@@ -199,7 +204,7 @@ $(DEV)/.ready: requirements/development.txt
 $(BENCH)/.ready: requirements/benchmark.txt
 $(DEV)/.ready $(BENCH)/.ready: pyproject.toml | $(UV)
 	$(UV) venv -q --allow-existing --python $(PYTHON) $(@D)
-	$(UV) pip sync -q --require-hashes --python $(@D) $(filter requirements/%,$^)
+	$(UV) pip sync -q --compile-bytecode --require-hashes --python $(@D) $(filter requirements/%,$^)
 	$(UV) pip install -q --no-deps --python $(@D) -e .
-	$(UV) pip install -q --no-config --python $(@D) "$(TORCH)" $${PIP_FIND_LINKS:+--find-links "$$PIP_FIND_LINKS"}
+	$(UV) pip install -q --no-config --compile-bytecode --python $(@D) "$(TORCH)" $${PIP_FIND_LINKS:+--find-links "$$PIP_FIND_LINKS"}
 	touch $@

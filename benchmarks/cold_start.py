@@ -6,10 +6,12 @@ Each server is started by itself, in turns, in rounds; a round that is not count
 Python's bytecode is written. Ready is what the server's own probe says, asked for every 10 ms; then one cell is asked for. All serve the
 shipped model: cellserve with all its graphs, gene table and golden cells, the others its encoder alone. Memory is of all processes of the
 server after that answer: resident (RSS, where pages that processes share count for each) and divided among those who share it (PSS).
+Processor time is of all of them, too, up to then.
 """
 
 import argparse
 import json
+import os
 import signal
 import statistics
 import sys
@@ -18,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 from rich.console import Console
 from rich.table import Table
 
@@ -65,9 +68,12 @@ def one_start(side: str, served: Served, cells: Cells) -> dict[str, float]:
         connect(server.port)(0)
         answered = time.perf_counter() - begun - before
         used = memory(server.pid)
+        processes = [psutil.Process(server.pid), *psutil.Process(server.pid).children(recursive=True)]
+        spent = sum(sum(process.cpu_times()[:2]) for process in processes)
     return {
         "ready_seconds": server.ready_seconds,
         "first_answer_seconds": answered,
+        "cpu_seconds": spent,
         "rss_mb": used["rss"] / 1e6,
         "pss_mb": used["pss"] / 1e6,
     }
@@ -82,6 +88,7 @@ def main() -> int:
     parser.add_argument("--output", type=Path, default=RESULT)
     options = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that `timeout` leaves no server behind
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # with it every start of a server would compile all that it imports
     served, cells = shipped(options.servers_python.absolute())
     found: dict[str, list[dict[str, float]]] = {side: [] for side in options.sides}
     for turn in range(options.rounds + 1):

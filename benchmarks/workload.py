@@ -32,7 +32,7 @@ DATA = {2_000: "pbmc_facs", 8_000: "pbmc_facs", 20_000: "mouse_bladder"}
 
 N_CELLS = 8_192
 N_HIDDEN, N_LATENT = 128, 10
-NAME = "bench"
+NAME, INT8 = "bench", "bench-int8"
 
 
 @dataclass(frozen=True)
@@ -79,6 +79,13 @@ class Workload:
     def store(self) -> Path:
         """A store with the network as its only model."""
         return self.folder / "store"
+
+    def int8_store(self) -> Path:
+        """A store with the same network in 8 bits as its only model, from the cache or made now."""
+        root = self.folder / "store_int8"
+        if not Store(root).versions(INT8):
+            import_scvi(self.scvi, Import(name=NAME, species="none", cells=self.file, precision="int8"), root)
+        return root
 
     @property
     def graph(self) -> Path:

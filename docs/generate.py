@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from docs import annotation_figures
-from docs.serving_figures import cold_start, million_cells, overload, servers, single_cells
+from docs.serving_figures import cold_start, million_cells, overload, servers, single_cells, variants
 from docs.tables import table as _table
 from service import metrics
 from service.api import openapi, problems
@@ -409,6 +409,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "benchmark": benchmark,
     "servers": servers,
     "single_cells": single_cells,
+    "variants": variants,
     "cold_start": cold_start,
     "overload": overload,
     "million_cells": million_cells,

@@ -62,6 +62,36 @@ def single_cells() -> str:
     return f"{table(tuple(header), rows)}\n{result['rate']:g} requests of one cell a second, due at fixed times.\n"
 
 
+def variants() -> str:
+    """benchmarks/variants.json, which `make bench-variants` writes."""
+    result = json.loads((ROOT / "benchmarks/variants.json").read_text())
+    sizes = result["sizes"]
+    header = [""]
+    for n_genes in sizes:
+        header += [f"{int(n_genes):,} genes, cells/s", "p50 of one cell in ms"]
+    rows = []
+    for side in next(iter(sizes.values()))["sides"]:
+        row = [side]
+        for size in sizes.values():
+            found, ratio = size["sides"][side], size["ratios"].get(side)
+            row += [
+                f"{found['cells_per_second']:,.0f}" + (f" ({ratio['cells_per_second']:.2f})" if ratio else ""),
+                f"{found['p50_ms']:.2f}" + (f" ({ratio['p50_ms']:.2f})" if ratio else ""),
+            ]
+        rows.append(tuple(row))
+    off = "; ".join(
+        f"{int(n_genes):,} genes: {size['int8_difference']['root_mean_square']:.3f}, {size['int8_difference']['largest']:.2f} at most"
+        for n_genes, size in sizes.items()
+    )
+    n_rounds = min(size["rounds"] for size in sizes.values())
+    about = (
+        f"{result['machine']['cpus']} CPUs of {result['machine']['processor']}, {result['cells_per_request']} cells per request, "
+        f"{result['rate']:g} requests of one cell a second. Medians of {n_rounds} rounds in turns; in brackets the ratio to the first line. "
+        f"How far the int8 latent is off, in standard deviations of a unit (root mean square over all cells and units): {off}."
+    )
+    return f"{table(tuple(header), rows)}\n{about}\n"
+
+
 def cold_start() -> str:
     """benchmarks/cold_start.json, which `make bench-cold-start` writes."""
     result = json.loads((ROOT / "benchmarks/cold_start.json").read_text())

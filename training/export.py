@@ -9,9 +9,10 @@ from service.inference import model as serving
 from service.inference.session import Runtime
 from training import card, reference_space
 from training.evaluation.annotation import query_sets, score_within
-from training.manifest import build, variant_name
+from training.manifest import build
 from training.onnx_graph import Precision
 from training.profile import profile
+from training.quantise import variant_name
 from training.run import Run
 
 MAX_BYTES = 15_000_000
@@ -44,7 +45,7 @@ def export(
         VersionExists: the version is there already.
     """
     store = Store(root)
-    name = variant_name(run, precision)
+    name = variant_name(run.config.name, precision)
     version = version or next_version(store, name)
     with tempfile.TemporaryDirectory() as scratch:
         # Proved elsewhere first, so that a failure leaves nothing in the store.

@@ -27,15 +27,12 @@ from training.families.family import Graph, Imputed
 from training.gene_names import gene_table, has_ensembl_ids
 from training.onnx_graph import Precision, signature, to_onnx
 from training.parity import Arrays
-from training.quantise import quantise
+from training.quantise import N_RANGE, precision_of, quantise_encoders, variant_name
 from training.run import Run
 from training.sparse_input import with_values
 
 GENES, GOLDEN = "genes.tsv", "golden.npz"
 AMBIGUOUS = "reference/ambiguous_names.tsv"
-ENCODERS = frozenset({"encode", "encode_values"})
-N_RANGE = 2_048
-"""Training cells from which the range of what is rounded to 8 bits is taken."""
 
 
 def build(
@@ -65,13 +62,9 @@ def build(
     if precision == "int8":
         cells = run.prepared.train.counts
         chosen = cells[np.unique(np.linspace(0, cells.shape[0] - 1, N_RANGE).astype(int))].toarray()
-        known = with_values(run.family, {"counts": chosen})
-        for name in ENCODERS & set(graphs):
-            given = {tensor: known[tensor] for tensor in graphs[name].inputs}
-            contents[f"{name}.onnx"] = quantise(contents[f"{name}.onnx"], given)
+        contents = quantise_encoders(contents, with_values(run.family, {"counts": chosen}))
     signatures = {
-        name: signature(contents[f"{name}.onnx"], f"{name}.onnx", precision if name in ENCODERS else "float32")
-        for name in graphs
+        name: signature(contents[f"{name}.onnx"], f"{name}.onnx", precision_of(name, precision)) for name in graphs
     }
     sessions = {name: Session(contents[graph.file], graph, Runtime(), graph.file) for name, graph in signatures.items()}
     space = reference_space.build(run, sessions, for_serving)
@@ -109,7 +102,7 @@ def build(
         known = missing_genes.Graphs(sessions, signatures, levels[0].name if levels else None)
         effect_of_missing = missing_genes.measure(run, known, table.encoder_weight)
     manifest = Manifest(
-        name=variant_name(run, precision),
+        name=variant_name(run.config.name, precision),
         version=version,
         family=run.config.family,
         summary=run.config.summary,
@@ -141,11 +134,6 @@ def build(
         files=artifact.describe(contents),
     )
     return manifest, contents
-
-
-def variant_name(run: Run, precision: Precision) -> str:
-    """The model's name; in another precision its answers are others, so that nobody shall get them under the same name."""
-    return run.config.name if precision == "float32" else f"{run.config.name}-{precision}"
 
 
 def batch_policy(run: Run) -> BatchPolicy:

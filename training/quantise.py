@@ -14,9 +14,12 @@ import onnx
 from numpy.typing import NDArray
 from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
 
-from training.onnx_graph import strip
+from training.onnx_graph import Precision, strip
 
 MINIBATCH = 512
+ENCODERS = frozenset({"encode", "encode_values"})
+N_RANGE = 2_048
+"""Cells from which the range of what is rounded to 8 bits is taken."""
 
 
 class NothingToQuantise(Exception):
@@ -36,6 +39,36 @@ class _Cells(CalibrationDataReader):  # type: ignore[misc]  # onnxruntime has no
     def get_next(self) -> dict[str, NDArray[np.generic]] | None:
         """The next minibatch, None after the last."""
         return next(self._minibatches, None)
+
+
+def variant_name(name: str, precision: Precision) -> str:
+    """A model's name; in another precision its answers are others, so that nobody shall get them under the same name."""
+    return name if precision == "float32" else f"{name}-{precision}"
+
+
+def precision_of(graph: str, precision: Precision) -> Precision:
+    """Of a graph of a model in some precision: encoders alone are quantised."""
+    return precision if graph in ENCODERS else "float32"
+
+
+def quantise_encoders(contents: Mapping[str, bytes], inputs: Mapping[str, NDArray[np.generic]]) -> dict[str, bytes]:
+    """ONNX files by name, of which those of the encoder multiply in 8 bits.
+
+    Args:
+        contents: ONNX bytes in float32, by file name.
+        inputs: of N_RANGE cells, by name.
+
+    Raises:
+        NothingToQuantise: the encoder has no layer to quantise.
+    """
+
+    def given(content: bytes) -> dict[str, NDArray[np.generic]]:
+        return {tensor.name: inputs[tensor.name] for tensor in onnx.load_from_string(content).graph.input}
+
+    encoders = {f"{name}.onnx" for name in ENCODERS}
+    return {
+        file: quantise(content, given(content)) if file in encoders else content for file, content in contents.items()
+    }
 
 
 def quantise(content: bytes, inputs: Mapping[str, NDArray[np.generic]]) -> bytes:

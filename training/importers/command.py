@@ -7,6 +7,7 @@ import typer
 from rich.console import Console
 
 from training.importers import restricted_pickle, scvi_artifact, scvi_file
+from training.onnx_graph import Precision
 
 app = typer.Typer(no_args_is_help=True, help="Turn models of other projects into artifacts.")
 
@@ -50,6 +51,10 @@ def import_scvi(
     cells: Annotated[
         Path | None, typer.Option("--cells", help="Raw counts to compare with. Default: cells drawn from the model.")
     ] = None,
+    precision: Annotated[
+        Precision,
+        typer.Option(help="Of the encoder's first layer. int8: another model, NAME-int8, faster and less exact."),
+    ] = "float32",
     scvi_python: Annotated[
         Path | None,
         typer.Option(
@@ -72,6 +77,7 @@ def import_scvi(
         summary=summary,
         min_gene_overlap=min_gene_overlap,
         cells=cells,
+        precision=precision,
         scvi_python=scvi_python,
     )
     Console().print(str(scvi_artifact.import_scvi(path, wanted, store, version)))

@@ -29,8 +29,9 @@ from training.gene_names import find_aliases, find_ambiguous, read_hgnc
 from training.importers import scvi_card
 from training.importers.scvi_file import SavedScvi, find_model_file, read_scvi
 from training.importers.scvi_network import AVERAGE, BatchChoice, ScviNetwork
-from training.onnx_graph import signature, to_onnx
+from training.onnx_graph import Precision, signature, to_onnx
 from training.parity import Arrays
+from training.quantise import N_RANGE, precision_of, quantise_encoders, variant_name
 from training.run import describe_environment
 from training.sparse_input import serving_graphs, with_values
 
@@ -71,6 +72,9 @@ class Import:
     cells: Path | None = None
     """File of raw counts to compare with; None: cells are drawn from the model itself."""
 
+    precision: Precision = "float32"
+    """Of the encoder's first layer. int8 gives another model, `<name>-int8`; the range of its input is that of the cells above."""
+
     scvi_python: Path | None = None
     """Interpreter with scvi-tools, which is then asked for its own answer. It runs the pickle: name one only for a file that you trust."""
 
@@ -91,23 +95,24 @@ def import_scvi(folder: Path, wanted: Import, root: Path, version: str | None = 
         NotAnScviModel, UnsupportedOption, UnsafePickle: as `read_scvi` does.
         BatchNeeded: the model takes a batch or covariates, and none is named; or one that it does not know.
         NotScviToolsAnswer: scvi-tools was asked and gives other numbers.
+        NothingToQuantise: int8 is wanted of an encoder without a layer.
         OutsideTolerance: ONNX Runtime and torch in float64 disagree.
     """
     saved = read_scvi(folder)
     choice = choose_batch(saved, wanted, folder)
     network = ScviNetwork(saved, choice, wanted.level).eval()
-    store = Store(root)
-    version = version or next_version(store, wanted.name)
+    store, name = Store(root), variant_name(wanted.name, wanted.precision)
+    version = version or next_version(store, name)
     inputs = probe_inputs(saved, network, wanted.cells)
     differences = compare_with_scvi(folder, saved, network, choice, inputs, wanted) if wanted.scvi_python else {}
     manifest, contents = build(folder, saved, network, choice, wanted, version, inputs, differences)
     with tempfile.TemporaryDirectory() as scratch:
         # Proved elsewhere first, so that a failure leaves nothing in the store.
         serving.load(artifact.read(artifact.write(Path(scratch), manifest, contents)), Runtime())
-    is_first = not store.versions(wanted.name)
+    is_first = not store.versions(name)
     path = artifact.write(root, manifest, contents)
     if is_first:
-        store.set_alias(ModelId(wanted.name, version), DEFAULT)
+        store.set_alias(ModelId(name, version), DEFAULT)
     return path
 
 
@@ -136,8 +141,8 @@ def choose_batch(saved: SavedScvi, wanted: Import, folder: Path) -> BatchChoice:
     return BatchChoice(only if takes_batch else None, {key: given.get(key, AVERAGE) for key in saved.covariates})
 
 
-def probe_inputs(saved: SavedScvi, network: ScviNetwork, cells: Path | None) -> Arrays:
-    """counts, library and batch of cells to compare with: real ones where there are, else drawn from the model itself.
+def probe_inputs(saved: SavedScvi, network: ScviNetwork, cells: Path | None, n_cells: int = N_CELLS) -> Arrays:
+    """counts, library and batch of `n_cells` cells to compare with: real ones where there are, else drawn from the model itself.
 
     The last of them is empty.
     """
@@ -145,13 +150,13 @@ def probe_inputs(saved: SavedScvi, network: ScviNetwork, cells: Path | None) -> 
     if cells is not None:
         found = source.read(DataFile(name="cells", path=cells))
         position = found.var_names.get_indexer(list(saved.genes))
-        rows = np.sort(generator.permutation(found.n_obs)[:N_CELLS])
+        rows = np.sort(generator.permutation(found.n_obs)[:n_cells])
         values = found.X[rows].toarray()
         counts = np.where(position >= 0, values[:, position], 0).astype(np.float32)
     else:
-        latent = torch.from_numpy(generator.normal(size=(N_CELLS, network.n_latent)).astype(np.float32))
-        batch = torch.from_numpy(generator.integers(len(saved.batches), size=N_CELLS))
-        library = torch.from_numpy(LIBRARY_SIZE * generator.uniform(0.2, 2.0, N_CELLS).astype(np.float32))
+        latent = torch.from_numpy(generator.normal(size=(n_cells, network.n_latent)).astype(np.float32))
+        batch = torch.from_numpy(generator.integers(len(saved.batches), size=n_cells))
+        library = torch.from_numpy(LIBRARY_SIZE * generator.uniform(0.2, 2.0, n_cells).astype(np.float32))
         with torch.no_grad():
             counts = generator.poisson(network.decode(latent, library, batch).double().numpy()).astype(np.float32)
     counts = np.concatenate([counts, np.zeros_like(counts[:1])])
@@ -250,10 +255,19 @@ def build(
     example = {name: torch.from_numpy(array[:2]) for name, array in inputs.items()}
     example["latent"] = torch.zeros(2, network.n_latent)
     contents = {f"{name}.onnx": to_onnx(graph, example) for name, graph in graphs.items()}
-    signatures = {name: signature(contents[f"{name}.onnx"], f"{name}.onnx") for name in graphs}
+    precision = wanted.precision
+    if precision == "int8":
+        contents = quantise_encoders(
+            contents, with_values(network, probe_inputs(saved, network, wanted.cells, N_RANGE))
+        )
+    signatures = {
+        name: signature(contents[f"{name}.onnx"], f"{name}.onnx", precision_of(name, precision)) for name in graphs
+    }
     sessions = {name: Session(contents[graph.file], graph, Runtime(), graph.file) for name, graph in signatures.items()}
     names = {name: graph.inputs for name, graph in graphs.items()}
-    differences = parity.compare(parity.run_sessions(sessions, names, inputs), parity.run_torch(graphs, inputs))
+    differences = parity.compare(
+        parity.run_sessions(sessions, names, inputs), parity.run_torch(graphs, inputs), precision
+    )
     golden = parity.run_sessions(sessions, names, {name: array[-N_GOLDEN - 1 :] for name, array in inputs.items()})
     outputs = [f"{name}/{tensor.name}" for name, graph in signatures.items() for tensor in graph.outputs]
     table, ambiguous, id_type = gene_table(saved, network, wanted.species, inputs["counts"])
@@ -262,7 +276,7 @@ def build(
     environment = describe_environment(0)
     file = find_model_file(folder)
     manifest = Manifest(
-        name=wanted.name,
+        name=variant_name(wanted.name, precision),
         version=version,
         family=saved.kind.lower(),
         summary=wanted.summary,
@@ -285,7 +299,9 @@ def build(
             else ()
         ),
         metrics=metrics,
-        golden=Golden(file=GOLDEN, tolerance={name: parity.tolerance(name, golden[name]) for name in outputs}),
+        golden=Golden(
+            file=GOLDEN, tolerance={name: parity.tolerance(name, golden[name], precision) for name in outputs}
+        ),
         parity=Parity(n_cells=len(inputs["counts"]), outputs=differences),
         provenance=Provenance(
             created=environment["created"],

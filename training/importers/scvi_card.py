@@ -37,6 +37,11 @@ def write(manifest: Manifest, saved: SavedScvi, choice: BatchChoice) -> str:
             "as `predict(soft=True)` gives them. Models from before scvi-tools 1.1 were trained on probabilities in the place of "
             "logits and are badly calibrated."
         )
+    if manifest.graphs["encode"].precision == "int8":
+        sections.append(
+            "## Precision\n\nThe encoder's first layer is multiplied in 8 bits, so embeddings and labels differ from scvi-tools'; by how much "
+            "is said in the last table below."
+        )
     sections.append(
         "## Served against scvi-tools\n\n"
         + (

@@ -1,5 +1,6 @@
 """Imported SCVI and SCANVI: scvi-tools' own numbers, through the unchanged service; what cannot be served is refused by name."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -97,6 +98,27 @@ def test_real_cells_may_be_compared_with(saved_models: Path, tmp_path: Path) -> 
     folder = saved_models / "scanvi"
     model = load(import_scvi(folder, Import(name="imported", species="none", cells=folder / "adata.h5ad"), tmp_path))
     assert model.manifest.parity.n_cells == 161
+
+
+def test_int8_is_another_model(saved_models: Path, tmp_path: Path) -> None:
+    """Its name says so, its answers are near those in float32 and not the same."""
+    folder = saved_models / "scanvi"
+    wanted = Import(name="imported", species="none", cells=folder / "adata.h5ad")
+    exact, rounded = (
+        load(import_scvi(folder, replace(wanted, precision=precision), tmp_path)) for precision in ("float32", "int8")
+    )
+    counts = sp.csr_matrix(np.random.default_rng(0).poisson(2.0, (64, 40)).astype(np.float32))
+    latent, expected = rounded.encode(counts), exact.encode(counts)
+
+    assert rounded.id == "imported-int8@1"
+    assert {graph for graph, of in rounded.manifest.graphs.items() if of.precision == "int8"} == {
+        "encode",
+        "encode_values",
+    }
+    assert not np.array_equal(latent, expected)
+    assert np.corrcoef(latent.ravel(), expected.ravel())[0, 1] > 0.99
+    assert "in 8 bits" in rounded.card
+    assert "in 8 bits" not in exact.card
 
 
 def test_published_models(published_model: Path, scvi_python: Path, tmp_path: Path) -> None:
