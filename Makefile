@@ -183,14 +183,13 @@ $(UV):
 	$(PYTHON) -m venv .uv
 	.uv/bin/python -m pip install -q --disable-pip-version-check uv==0.13.8
 
+# Byte code is written once and here: without it a start takes twice as long, every time where PYTHONDONTWRITEBYTECODE is set.
 $(SERVERS)/.ready: requirements/servers.txt
 $(CELLTYPIST)/.ready: requirements/celltypist.txt
 $(SERVERS)/.ready $(CELLTYPIST)/.ready: | $(UV)
 	$(UV) venv -q --allow-existing --python $(PYTHON) $(@D)
 	$(UV) pip sync -q --compile-bytecode --require-hashes --python $(@D) $(filter requirements/%,$^)
 	touch $@
-
-# Byte code is written once and here: without it a start takes twice as long, every time where PYTHONDONTWRITEBYTECODE is set.
 
 # What the server needs is SERVE_LOCK alone; the client and the command line come with it because people try both here.
 $(SERVE)/.ready: $(SERVE_LOCK) requirements/client.txt pyproject.toml | $(UV)
