@@ -163,8 +163,8 @@ def _known(error: Exception) -> errors.CellserveError:
     return errors.CellserveError()
 
 
-def from_starlette(request: Request, error: Exception) -> Response:
-    """The answer for what Starlette's router raises."""
+async def from_starlette(request: Request, error: Exception) -> Response:
+    """The answer for what Starlette's router raises. A coroutine, because Starlette calls a plain function in a thread."""
     answer = form_at(request.scope.get("path", ""))
     if isinstance(error, HTTPException) and error.status_code == 404:
         return answer(errors.RouteNotFound())
