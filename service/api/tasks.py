@@ -57,20 +57,21 @@ def endpoint(task: Task) -> Endpoint:
         if app.budgets is not None:
             app.budgets.admit(request)
         deadline = read_deadline(request)
-        # Everything that can be refused without the body is, before it is read.
+        # Everything that can be refused without the body is, before it is read, and what is refused most often comes first.
         body_type = body_format(request.headers.get("content-type"))
+        is_streamed = request.headers.get(streaming.HEADER) == "1"
+        if not is_streamed and not body_type.is_file and declared_bytes(request) > LONG_BYTES:
+            app.batcher.check_room(deadline)
         answer_type = answer_format(request.headers.get("accept"), body_type)
         model = await find_model(app, request, task)
         options, places = _split(query_options(request), body_type)
         work = Work(model=model, task=task, options=task.read_options(options, model))
-        if request.headers.get(streaming.HEADER) == "1":
+        if is_streamed:
             return await _stream(app, request, work, body_type, answer_type)
         if body_type.is_file:
             async with app.uploads.query(request, model, read_places(places)) as (query, seconds):
                 # What was sent is not there any more for a shadow to compute it again.
                 return await _answer(app, work, query, seconds, answer_type, deadline, lambda _: None)
-        if declared_bytes(request) > LONG_BYTES:
-            app.batcher.check_room(deadline)
         started = time.monotonic()
         async with app.intake.body(request) as body, cancelled_on_disconnect(request):
             received = time.monotonic()

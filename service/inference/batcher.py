@@ -33,6 +33,9 @@ FEW_ROWS = SHAPES[0]
 HEADROOM = 1.5
 """An answer is expected so many times later than its rows alone would take: it must be written and sent as well, and others may go before."""
 
+N_REMEMBERED = 8
+"""The next long request is taken to have as many cells as the smallest of so many that came last."""
+
 QUICK_SECONDS = 0.002
 """A few rows of a task that took less than this the last time run in the event loop: two changes of threads would take longer."""
 
@@ -139,6 +142,8 @@ class Batcher:
         self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="cellserve-compute")
         self._task: asyncio.Task[None] | None = None
         self._rows_per_second = 0.0
+        self._long_rows: deque[int] = deque(maxlen=N_REMEMBERED)
+        """Rows of the long requests that came last, whether they were taken or refused."""
         self._quick: set[tuple[str, str]] = set()
         """Models and tasks of which a few rows were quick the last time."""
         self._is_stopping = False
@@ -186,23 +191,12 @@ class Batcher:
             ShuttingDown: the batcher stops.
         """
         n_rows = int(counts.shape[0])
+        if n_rows > SHORT_ROWS:
+            self._long_rows.append(n_rows)
         if self._is_stopping:
             raise ShuttingDown
-        if self._n_queued + n_rows > self._max_queue_rows:
-            raise QueueFull(
-                n_queued=self._n_queued,
-                n_cells=n_rows,
-                limit_rows=self._max_queue_rows,
-                retry_after_seconds=self.retry_after_seconds(),
-            )
-        now = time.monotonic()
-        if (expected := self._expected_seconds(n_rows)) > deadline - now:
-            raise DeadlineTooShort(
-                expected_seconds=expected,
-                left_seconds=max(0.0, deadline - now),
-                retry_after_seconds=self.retry_after_seconds(),
-            )
-        ticket = Ticket(work, counts, now, deadline, charge=charge, trace=tracing.current.get())
+        self.check_room(deadline, n_rows)
+        ticket = Ticket(work, counts, time.monotonic(), deadline, charge=charge, trace=tracing.current.get())
         self._change_queue(n_rows)
         self._tickets.add(ticket)
         self._enqueue(ticket)
@@ -254,22 +248,27 @@ class Batcher:
         """Seconds after which what waits now should have run, at the speed that was measured; at least 1, at most 60."""
         return min(60, max(1, math.ceil(self._n_queued / self._rows_per_second))) if self._rows_per_second else 1
 
-    def check_room(self, deadline: float = math.inf) -> None:
-        """Whether a long request would have to be refused whatever it holds, so that it need not be read.
+    def check_room(self, deadline: float = math.inf, n_rows: int | None = None) -> None:
+        """Refuse what cannot be taken, or not be done in time.
+
+        Args:
+            deadline: on the clock of `time.monotonic`.
+            n_rows: of the request. By default it is a long one that has not been read, and would be read in vain: it is taken to be like
+                those that came last.
 
         Raises:
-            QueueFull: no row has room.
-            DeadlineTooShort: what waits already would take longer.
+            QueueFull: more rows would wait than are allowed.
+            DeadlineTooShort: at the speed that was measured the answer would come too late.
         """
-        if self._n_queued >= self._max_queue_rows:
+        if self._n_queued + (n_rows or 1) > self._max_queue_rows:
             raise QueueFull(
                 n_queued=self._n_queued,
-                n_cells=0,
+                n_cells=n_rows or 1,
                 limit_rows=self._max_queue_rows,
                 retry_after_seconds=self.retry_after_seconds(),
             )
         left = deadline - time.monotonic()
-        if (expected := self._expected_seconds(SHORT_ROWS + 1)) > left:
+        if (expected := self._expected_seconds(n_rows or min(self._long_rows, default=SHORT_ROWS + 1))) > left:
             raise DeadlineTooShort(
                 expected_seconds=expected,
                 left_seconds=max(0.0, left),
