@@ -98,8 +98,9 @@ async def find_model(app: State, request: Request, task: Task) -> Model:
         RequestTimeout: it could not be loaded in time.
     """
     try:
-        async with asyncio.timeout(app.timeout_seconds):
-            model = await app.models.obtain(request.query_params.get(MODEL_OPTION), request_id.current.get())
+        model = await app.models.obtain(
+            request.query_params.get(MODEL_OPTION), request_id.current.get(), app.timeout_seconds
+        )
     except TimeoutError:
         raise RequestTimeout(limit_seconds=app.timeout_seconds) from None
     if not offers(model, task):
