@@ -295,8 +295,11 @@ class Batcher:
 
     async def _run(self) -> None:
         loop = asyncio.get_running_loop()
-        free_since, was_idle = time.monotonic(), True
+        free_since, was_idle, is_here = time.monotonic(), True, False
         while True:
+            if is_here:
+                await asyncio.sleep(0)  # others of this loop have their turn, however many such requests wait
+                is_here = False
             pieces = self._next_pieces()
             if not pieces:
                 was_idle = True
@@ -310,9 +313,8 @@ class Batcher:
             was_idle = False
             started = self._running_since = time.monotonic()
             try:
-                if is_few and kind in self._quick:
+                if is_here := is_few and kind in self._quick:
                     columns = _compute(pieces)
-                    await asyncio.sleep(0)  # others of this loop have their turn, however many such requests wait
                 else:
                     columns = await loop.run_in_executor(self._executor, _compute, pieces)
             except Exception as error:
