@@ -291,5 +291,6 @@ def measure(work: Work, n_rows: int, seconds: dict[str, float], timing: Timing, 
         "serialise": serialise_seconds,
     }
     for stage, stage_seconds in spent.items():
-        metrics.stage_seconds(work.task.name, stage).observe(stage_seconds)
-    metrics.CELLS.labels(work.model.manifest.name, work.model.manifest.version, work.task.name).inc(n_rows)
+        metrics.series(metrics.STAGE_SECONDS, work.task.name, stage).observe(stage_seconds)
+    manifest = work.model.manifest
+    metrics.series(metrics.CELLS, manifest.name, manifest.version, work.task.name).inc(n_rows)

@@ -353,12 +353,11 @@ class Batcher:
         """Count a chunk."""
         task = work.task.name
         n_run = work.n_run(n_rows)
-        metrics.BATCHES.labels(task, reason).inc()
-        rows, fill, padding, duration = metrics.batch_series(task)
-        rows.observe(n_rows)
-        fill.observe(n_rows / self._batch_rows)
-        padding.observe(1 - n_rows / n_run)
-        duration.observe(seconds)
+        metrics.series(metrics.BATCHES, task, reason).inc()
+        metrics.series(metrics.BATCH_ROWS, task).observe(n_rows)
+        metrics.series(metrics.BATCH_FILL, task).observe(n_rows / self._batch_rows)
+        metrics.series(metrics.BATCH_PADDING, task).observe(1 - n_rows / n_run)
+        metrics.series(metrics.BATCH_SECONDS, task).observe(seconds)
 
     def _trace_batch(
         self, pieces: list[tuple[Ticket, int, int]], started: float, n_rows: int, reason: str, error: str = ""
@@ -392,9 +391,8 @@ class Batcher:
                         _deliver(ticket, DeadlinePassed(waited_seconds=now - ticket.admitted))
                         continue
                     ticket.wait_seconds = now - ticket.admitted
-                    metrics.QUEUE_WAIT_SECONDS.labels("short" if ticket.is_short else "long").observe(
-                        ticket.wait_seconds
-                    )
+                    lane = "short" if ticket.is_short else "long"
+                    metrics.series(metrics.QUEUE_WAIT_SECONDS, lane).observe(ticket.wait_seconds)
                 pieces.append((ticket, ticket.n_taken, ticket.n_taken + n_rows))
                 ticket.n_taken += n_rows
                 self._change_queue(-n_rows)
