@@ -1,6 +1,7 @@
 """POST /v1/<task>: the same steps for every task of TASKS. Bytes → cells → batcher → columns → bytes."""
 
 import asyncio
+import contextlib
 import math
 import re
 import time
@@ -185,14 +186,14 @@ async def _stream(app: State, request: Request, work: Work, body_type: Format, a
         timing = Timing()
         if app.budgets is not None and watched.n_answered:
             await app.budgets.wait(app.timeout_seconds)
-        chunks = app.run(work, query.counts, timing)
         for_cells = query.counts.shape[0]
-        while for_cells:
-            columns = await next_chunk(chunks, app.timeout_seconds)
-            observe_answers(work.model, columns)
-            for_cells -= n_cells(columns)
-            watched.n_answered += n_cells(columns)
-            yield columns
+        async with contextlib.aclosing(app.run(work, query.counts, timing)) as chunks:  # type: ignore[type-var]
+            while for_cells:
+                columns = await next_chunk(chunks, app.timeout_seconds)
+                observe_answers(work.model, columns)
+                for_cells -= n_cells(columns)
+                watched.n_answered += n_cells(columns)
+                yield columns
         measure(work, query.counts.shape[0], seconds_of.pop(id(query)), timing, 0.0)
         observe_query(work.model, query)
 
@@ -248,25 +249,27 @@ async def _pieces(
     """The bytes of the answer, one piece per chunk; `columns` is the first."""
     serialise_seconds, position, began = 0.0, 0, time.monotonic()
     lead = writer.start(query.head(work.model, work.task, work.options, request_id.current.get()))
-    while True:
-        started = time.perf_counter()
-        stop = position + n_cells(columns)
-        observe_answers(work.model, columns)
-        piece = writer.write(columns, query.cell_ids[position:stop] if query.cell_ids is not None else None)
-        position = stop
-        is_last = position == query.counts.shape[0]
-        piece = lead + piece + (writer.end() if is_last else b"")
-        lead = b""
-        serialise_seconds += time.perf_counter() - started
-        if is_last:
-            measure(work, position, seconds, timing, serialise_seconds)
-            if (trace := tracing.current.get()) is not None:
-                trace.stage("serialise", began, time.monotonic(), {"cellserve.busy_seconds": serialise_seconds})
-            observe_query(work.model, query)
-        yield piece
-        if is_last:
-            return
-        columns = await next_chunk(chunks, app.timeout_seconds)
+    # Nobody asks for the end after the last chunk, and what is left to the garbage is closed by a task of its own.
+    async with contextlib.aclosing(chunks):  # type: ignore[type-var]
+        while True:
+            started = time.perf_counter()
+            stop = position + n_cells(columns)
+            observe_answers(work.model, columns)
+            piece = writer.write(columns, query.cell_ids[position:stop] if query.cell_ids is not None else None)
+            position = stop
+            is_last = position == query.counts.shape[0]
+            piece = lead + piece + (writer.end() if is_last else b"")
+            lead = b""
+            serialise_seconds += time.perf_counter() - started
+            if is_last:
+                measure(work, position, seconds, timing, serialise_seconds)
+                if (trace := tracing.current.get()) is not None:
+                    trace.stage("serialise", began, time.monotonic(), {"cellserve.busy_seconds": serialise_seconds})
+                observe_query(work.model, query)
+            yield piece
+            if is_last:
+                return
+            columns = await next_chunk(chunks, app.timeout_seconds)
 
 
 async def next_chunk(chunks: AsyncIterator[Columns], limit_seconds: float) -> Columns:
