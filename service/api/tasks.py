@@ -80,7 +80,8 @@ def endpoint(task: Task) -> Endpoint:
                 query, seconds = _read(app, model, body_type, body)
             else:
                 loop = asyncio.get_running_loop()
-                query, seconds = await loop.run_in_executor(app.parsers, _read, app, model, body_type, body)
+                with app.batcher.coming(deadline) if len(body) > LONG_BYTES else contextlib.nullcontext():
+                    query, seconds = await loop.run_in_executor(app.parsers, _read, app, model, body_type, body)
             seconds = until_queue(started, received, seconds)
 
             def answered(first: Columns) -> None:

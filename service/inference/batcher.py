@@ -9,7 +9,7 @@ import contextlib
 import math
 import time
 from collections import defaultdict, deque
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
@@ -144,6 +144,8 @@ class Batcher:
         self._rows_per_second = 0.0
         self._long_rows: deque[int] = deque(maxlen=N_REMEMBERED)
         """Rows of the long requests that came last, whether they were taken or refused."""
+        self._n_coming = 0
+        """Long requests that are being parsed."""
         self._quick: set[tuple[str, str]] = set()
         """Models and tasks of which a few rows were quick the last time."""
         self._is_stopping = False
@@ -268,12 +270,31 @@ class Batcher:
                 retry_after_seconds=self.retry_after_seconds(),
             )
         left = deadline - time.monotonic()
-        if (expected := self._expected_seconds(n_rows or min(self._long_rows, default=SHORT_ROWS + 1))) > left:
+        if (expected := self._expected_seconds(n_rows or self._usual_rows)) > left:
             raise DeadlineTooShort(
                 expected_seconds=expected,
                 left_seconds=max(0.0, left),
                 retry_after_seconds=self.retry_after_seconds(),
             )
+
+    @contextlib.contextmanager
+    def coming(self, deadline: float = math.inf) -> Iterator[None]:
+        """Keep room for a long request while it is parsed, so that no others are parsed for the same room, and in vain.
+
+        Raises:
+            QueueFull, DeadlineTooShort: as of `check_room`.
+        """
+        self.check_room(deadline)
+        self._n_coming += 1
+        try:
+            yield
+        finally:
+            self._n_coming -= 1
+
+    @property
+    def _usual_rows(self) -> int:
+        """What a long request is taken to have before it is known."""
+        return min(self._long_rows, default=SHORT_ROWS + 1)
 
     def _expected_seconds(self, n_rows: int) -> float:
         """Until `n_rows` more would be done. A short request waits for others of its kind only, so it counts for itself.
@@ -282,7 +303,8 @@ class Batcher:
         """
         if not self._rows_per_second or self.is_idle:
             return 0.0
-        return HEADROOM * (n_rows if n_rows <= SHORT_ROWS else self._n_queued + n_rows) / self._rows_per_second
+        n_before = 0 if n_rows <= SHORT_ROWS else self._n_queued + self._n_coming * self._usual_rows
+        return HEADROOM * (n_before + n_rows) / self._rows_per_second
 
     def _enqueue(self, ticket: Ticket) -> None:
         ticket.is_waiting = True
