@@ -50,7 +50,7 @@ class CellHistogram:
 
     def observe(self, labels: tuple[str, ...], values: NDArray[np.float32]) -> None:
         """Count cells, shape (n_cells,). Belongs to one event loop, as everything that calls it."""
-        number = np.bincount(np.searchsorted(self.buckets, values, side="left"), minlength=len(self.buckets) + 1)
+        number = np.bincount(self.buckets.searchsorted(values, side="left"), minlength=len(self.buckets) + 1)
         self._numbers[labels] = self._numbers.get(labels, 0) + number
         self._sums[labels] = self._sums.get(labels, 0.0) + float(values.sum(dtype=np.float64))
 

@@ -175,7 +175,7 @@ _EMPTY = vars(sp.csr_matrix((0, 0)))
 def row_sums(counts: sp.csr_matrix) -> NDArray[np.float64]:
     """Counts of each cell, (n_cells,), added up in float64 so that no order shows; scipy's own takes six times as long for one cell."""
     sums = np.zeros(counts.shape[0])
-    filled = np.flatnonzero(counts.indptr[1:] - counts.indptr[:-1])
+    (filled,) = (counts.indptr[1:] - counts.indptr[:-1]).nonzero()
     if len(filled):
         sums[filled] = np.add.reduceat(counts.data, counts.indptr[filled], dtype=np.float64)
     return sums

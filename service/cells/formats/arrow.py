@@ -139,7 +139,7 @@ def _counts(batches: list[pa.RecordBatch], n_genes: int) -> sp.csr_matrix:
         lengths.append(sizes)
         n_before += batch.num_rows
     indptr = np.zeros(n_before + 1, np.int64)
-    np.cumsum(_joined(lengths), out=indptr[1:])
+    _joined(lengths).cumsum(out=indptr[1:])
     return csr(_joined(values), _joined(indices), indptr, n_genes)
 
 
