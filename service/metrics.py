@@ -5,7 +5,7 @@ prometheus_client would write every change of every value to a file.
 """
 
 from collections.abc import Iterable
-from functools import cache
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,6 +21,7 @@ from prometheus_client.metrics import MetricWrapperBase
 from prometheus_client.metrics_core import HistogramMetricFamily, Metric
 from prometheus_client.utils import floatToGoString
 
+Family = TypeVar("Family", bound=MetricWrapperBase)
 SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60)
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 SHARES = (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99, 1)
@@ -41,14 +42,15 @@ class CellHistogram:
 
     def __init__(self, name: str, documentation: str, labels: tuple[str, ...], buckets: tuple[float, ...]) -> None:
         """Register an empty histogram; `buckets` are upper bounds in ascending order, without infinity."""
-        self.name, self.documentation, self.labels, self.buckets = name, documentation, labels, buckets
+        self.name, self.documentation, self.labels = name, documentation, labels
+        self.buckets = np.array(buckets)
         self._numbers: dict[tuple[str, ...], NDArray[np.int64]] = {}
         self._sums: dict[tuple[str, ...], float] = {}
         REGISTRY.register(self)
 
     def observe(self, labels: tuple[str, ...], values: NDArray[np.float32]) -> None:
         """Count cells, shape (n_cells,). Belongs to one event loop, as everything that calls it."""
-        number = np.bincount(np.searchsorted(self.buckets, values, side="left"), minlength=len(self.buckets) + 1)
+        number = np.bincount(self.buckets.searchsorted(values, side="left"), minlength=len(self.buckets) + 1)
         self._numbers[labels] = self._numbers.get(labels, 0) + number
         self._sums[labels] = self._sums.get(labels, 0.0) + float(values.sum(dtype=np.float64))
 
@@ -66,7 +68,7 @@ class CellHistogram:
     def collect(self) -> Iterable[Metric]:
         """The family with its values so far."""
         family = HistogramMetricFamily(self.name, self.documentation, labels=self.labels)
-        bounds = [*map(floatToGoString, self.buckets), "+Inf"]
+        bounds = [*map(floatToGoString, self.buckets.tolist()), "+Inf"]
         for labels, number in list(self._numbers.items()):  # `forget` belongs to another thread
             counts = [float(count) for count in np.cumsum(number)]
             family.add_metric(labels, list(zip(bounds, counts, strict=True)), self._sums.get(labels, 0.0))
@@ -288,16 +290,16 @@ def initialise(tasks: tuple[str, ...], codes: tuple[str, ...]) -> None:
         SPANS.labels(outcome)
 
 
-@cache
-def stage_seconds(task: str, stage: str) -> Histogram:
-    """The series of a stage. Finding it by its labels takes longer than counting into it."""
-    return STAGE_SECONDS.labels(task, stage)
+_series: dict[tuple[object, ...], Any] = {}
 
 
-@cache
-def batch_series(task: str) -> tuple[Histogram, Histogram, Histogram, Histogram]:
-    """Rows, fill, padding and seconds of a task's runs."""
-    return BATCH_ROWS.labels(task), BATCH_FILL.labels(task), BATCH_PADDING.labels(task), BATCH_SECONDS.labels(task)
+def series(metric: Family, *labels: str) -> Family:
+    """As `metric.labels`, for what every request counts into: finding a series there takes longer than counting."""
+    key = metric, *labels
+    found: Family | None = _series.get(key)
+    if found is None:
+        found = _series[key] = metric.labels(*labels)
+    return found
 
 
 def forget(model: str, version: str) -> None:
@@ -305,6 +307,7 @@ def forget(model: str, version: str) -> None:
     for collector in COLLECTORS:
         if {"model", "version"} <= set(label_names(collector)):
             collector.remove_by_labels({"model": model, "version": version})
+    _series.clear()  # also of this version, which would be counted into and exported no more, should it come back
 
 
 def exposition() -> bytes:

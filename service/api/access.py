@@ -58,9 +58,9 @@ class Access:
                 seconds = time.perf_counter() - started
                 template = scope.get(TEMPLATE, UNMATCHED)
                 method = scope["method"] if scope["method"] in METHODS else "other"
-                metrics.REQUESTS.labels(template, method, str(status)).inc()
-                metrics.REQUEST_SECONDS.labels(template).observe(seconds)
-                metrics.SEND_SECONDS.labels(template).observe(sending)
+                metrics.series(metrics.REQUESTS, template, method, str(status)).inc()
+                metrics.series(metrics.REQUEST_SECONDS, template).observe(seconds)
+                metrics.series(metrics.SEND_SECONDS, template).observe(sending)
                 if template not in QUIET:
                     logger.info(
                         "request",

@@ -1,5 +1,6 @@
 """Answers about a whole request: one JSON object, and the columns of all cells behind it."""
 
+import contextlib
 import math
 import time
 from collections.abc import Callable
@@ -37,9 +38,10 @@ async def run_whole(
         as `Batcher.run` does.
         RequestTimeout: a chunk took too long.
     """
-    chunks, parts, n_left = app.run(work, counts, Timing(), deadline), [], int(counts.shape[0])
-    while n_left:
-        columns = await next_chunk(chunks, min(app.timeout_seconds, max(0.0, deadline - time.monotonic())))
-        n_left -= n_cells(columns)
-        parts.append(reduce(columns))
+    parts, n_left = [], int(counts.shape[0])
+    async with contextlib.aclosing(app.run(work, counts, Timing(), deadline)) as chunks:  # type: ignore[type-var]
+        while n_left:
+            columns = await next_chunk(chunks, min(app.timeout_seconds, max(0.0, deadline - time.monotonic())))
+            n_left -= n_cells(columns)
+            parts.append(reduce(columns))
     return concatenate(parts)

@@ -14,7 +14,7 @@ from service.api.tasks import offers
 from service.cells.columns import Column, Labels, Vectors
 from service.cells.formats.format import Format
 from service.cells.formats.json import FORMAT as JSON
-from service.contract.traffic import Traffic
+from service.contract.traffic import NO_TRAFFIC
 from service.errors import ModelNotFound, NoReference, NotAuthorised, RouteNotFound
 from service.inference import TASKS
 from service.inference.mapping import UNLABELLED
@@ -33,7 +33,7 @@ async def list_models(request: Request) -> Response:
         entry: dict[str, Any] = {"name": model_id.name, "version": model_id.version, "aliases": aliases}
         # The listing is one moment's, the states may be of the next.
         entries.append({**entry, "state": states.get(str(model_id), "withdrawn"), **(_summary(model) if model else {})})
-    traffic = {name: one.model_dump(exclude_none=True) for name, one in listing.traffic.items() if one != Traffic()}
+    traffic = {name: one.model_dump(exclude_none=True) for name, one in listing.traffic.items() if one != NO_TRAFFIC}
     return JSONResponse({"models": entries, "traffic": traffic, "problems": models.problems()})
 
 

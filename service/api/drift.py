@@ -12,8 +12,8 @@ from service.inference.query import Query
 def observe_query(model: Model, query: Query) -> None:
     """Genes that a request lacks, and the library sizes of its cells."""
     names = model.manifest.name, model.manifest.version
-    metrics.MISSING_GENES.labels(*names).observe(1.0 - query.genes_report.gene_overlap)
-    metrics.MISSING_WEIGHT.labels(*names).observe(query.genes_report.missing_weight)
+    metrics.series(metrics.MISSING_GENES, *names).observe(1.0 - query.genes_report.gene_overlap)
+    metrics.series(metrics.MISSING_WEIGHT, *names).observe(query.genes_report.missing_weight)
     metrics.LIBRARY_SIZE.observe(names, query.library_size)
 
 

@@ -11,6 +11,8 @@ from service.api import request_id
 
 _PLAIN = frozenset(vars(logging.makeLogRecord({}))) | {"message", "taskName", "asctime"}
 
+_encode = json.JSONEncoder(default=str).encode
+
 
 class JsonFormatter(logging.Formatter):
     """Writes time, level, logger, event, request_id, trace_id where the request is traced, and whatever `extra` holds."""
@@ -30,7 +32,7 @@ class JsonFormatter(logging.Formatter):
         line |= {key: value for key, value in vars(record).items() if key not in _PLAIN}
         if record.exc_info:
             line["exception"] = self.formatException(record.exc_info)
-        return json.dumps(line, default=str)
+        return _encode(line)
 
 
 def configure(level: str) -> None:
@@ -45,6 +47,6 @@ def configure(level: str) -> None:
         logger = logging.getLogger(name)
         logger.handlers.clear()
         logger.propagate = True
-    # BentoML logs each of its hooks; uvicorn.access would repeat our own line.
+    # BentoML logs each of its hooks; uvicorn.access would repeat our own line, and makes none where nobody would hear it.
     logging.getLogger("bentoml").setLevel("WARNING")
-    logging.getLogger("uvicorn.access").setLevel("WARNING")
+    logging.getLogger("uvicorn.access").propagate = False

@@ -75,18 +75,18 @@ CODES = tuple(sorted(error.code for error in STATUS))
 
 def problem(error: errors.CellserveError, **more: Any) -> Response:
     """The answer for an error: its code, what was found, where, and what to do; `more` are further members."""
-    status = STATUS[type(error)]
+    status, detail = STATUS[type(error)], error.detail
     if (trace_id := _note(error)) is not None:
         more["trace_id"] = trace_id
     document: dict[str, Any] = {
         "type": f"urn:cellserve:problem:{error.code}",
         "title": error.title,
         "status": status,
-        "detail": error.detail,
+        "detail": detail,
         "code": error.code,
         "request_id": request_id.current.get(),
         # A member that is the whole sentence would only say it twice.
-        **{name: value for name, value in error.members().items() if value != error.detail},
+        **{name: value for name, value in error.members().items() if value != detail},
         **more,
     }
     content = orjson.dumps(document, option=orjson.OPT_INDENT_2) + b"\n"
@@ -163,8 +163,8 @@ def _known(error: Exception) -> errors.CellserveError:
     return errors.CellserveError()
 
 
-def from_starlette(request: Request, error: Exception) -> Response:
-    """The answer for what Starlette's router raises."""
+async def from_starlette(request: Request, error: Exception) -> Response:
+    """The answer for what Starlette's router raises. A coroutine, because Starlette calls a plain function in a thread."""
     answer = form_at(request.scope.get("path", ""))
     if isinstance(error, HTTPException) and error.status_code == 404:
         return answer(errors.RouteNotFound())

@@ -1,7 +1,7 @@
 """The request id: the client's own where it is usable, else a new one. On every answer and every log line."""
 
 import re
-import uuid
+import secrets
 from contextvars import ContextVar
 
 from starlette.datastructures import Headers, MutableHeaders
@@ -22,7 +22,7 @@ class RequestId:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request."""
         sent = Headers(scope=scope).get(HEADER, "")
-        request_id = sent if _USABLE.fullmatch(sent) else uuid.uuid4().hex
+        request_id = sent if _USABLE.fullmatch(sent) else secrets.token_hex(16)
         token = current.set(request_id)
 
         async def send_with_id(message: Message) -> None:

@@ -15,7 +15,6 @@ from service.api.request_id import RequestId
 from service.api.state import State
 from service.api.tasks import endpoint
 from service.api.traced import Traced
-from service.errors import CellserveError
 from service.inference import TASKS
 from service.inference.questions import QUESTIONS
 
@@ -56,7 +55,7 @@ def build_api(state: State) -> Starlette:
             Middleware(Access),
             Middleware(problems.Problems),
         ],
-        exception_handlers={HTTPException: problems.from_starlette, CellserveError: problems.from_starlette},
+        exception_handlers={HTTPException: problems.from_starlette},
     )
     app.router.redirect_slashes = False
     app.state.cellserve = state

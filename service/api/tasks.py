@@ -1,6 +1,7 @@
 """POST /v1/<task>: the same steps for every task of TASKS. Bytes → cells → batcher → columns → bytes."""
 
 import asyncio
+import contextlib
 import math
 import re
 import time
@@ -57,20 +58,21 @@ def endpoint(task: Task) -> Endpoint:
         if app.budgets is not None:
             app.budgets.admit(request)
         deadline = read_deadline(request)
-        # Everything that can be refused without the body is, before it is read.
+        # Everything that can be refused without the body is, before it is read, and what is refused most often comes first.
         body_type = body_format(request.headers.get("content-type"))
+        is_streamed = request.headers.get(streaming.HEADER) == "1"
+        if not is_streamed and not body_type.is_file and declared_bytes(request) > LONG_BYTES:
+            app.batcher.check_room(deadline)
         answer_type = answer_format(request.headers.get("accept"), body_type)
         model = await find_model(app, request, task)
         options, places = _split(query_options(request), body_type)
         work = Work(model=model, task=task, options=task.read_options(options, model))
-        if request.headers.get(streaming.HEADER) == "1":
+        if is_streamed:
             return await _stream(app, request, work, body_type, answer_type)
         if body_type.is_file:
             async with app.uploads.query(request, model, read_places(places)) as (query, seconds):
                 # What was sent is not there any more for a shadow to compute it again.
                 return await _answer(app, work, query, seconds, answer_type, deadline, lambda _: None)
-        if declared_bytes(request) > LONG_BYTES:
-            app.batcher.check_room(deadline)
         started = time.monotonic()
         async with app.intake.body(request) as body, cancelled_on_disconnect(request):
             received = time.monotonic()
@@ -78,7 +80,8 @@ def endpoint(task: Task) -> Endpoint:
                 query, seconds = _read(app, model, body_type, body)
             else:
                 loop = asyncio.get_running_loop()
-                query, seconds = await loop.run_in_executor(app.parsers, _read, app, model, body_type, body)
+                with app.batcher.coming(deadline) if len(body) > LONG_BYTES else contextlib.nullcontext():
+                    query, seconds = await loop.run_in_executor(app.parsers, _read, app, model, body_type, body)
             seconds = until_queue(started, received, seconds)
 
             def answered(first: Columns) -> None:
@@ -97,8 +100,9 @@ async def find_model(app: State, request: Request, task: Task) -> Model:
         RequestTimeout: it could not be loaded in time.
     """
     try:
-        async with asyncio.timeout(app.timeout_seconds):
-            model = await app.models.obtain(request.query_params.get(MODEL_OPTION), request_id.current.get())
+        model = await app.models.obtain(
+            request.query_params.get(MODEL_OPTION), request_id.current.get(), app.timeout_seconds
+        )
     except TimeoutError:
         raise RequestTimeout(limit_seconds=app.timeout_seconds) from None
     if not offers(model, task):
@@ -183,14 +187,14 @@ async def _stream(app: State, request: Request, work: Work, body_type: Format, a
         timing = Timing()
         if app.budgets is not None and watched.n_answered:
             await app.budgets.wait(app.timeout_seconds)
-        chunks = app.run(work, query.counts, timing)
         for_cells = query.counts.shape[0]
-        while for_cells:
-            columns = await next_chunk(chunks, app.timeout_seconds)
-            observe_answers(work.model, columns)
-            for_cells -= n_cells(columns)
-            watched.n_answered += n_cells(columns)
-            yield columns
+        async with contextlib.aclosing(app.run(work, query.counts, timing)) as chunks:  # type: ignore[type-var]
+            while for_cells:
+                columns = await next_chunk(chunks, app.timeout_seconds)
+                observe_answers(work.model, columns)
+                for_cells -= n_cells(columns)
+                watched.n_answered += n_cells(columns)
+                yield columns
         measure(work, query.counts.shape[0], seconds_of.pop(id(query)), timing, 0.0)
         observe_query(work.model, query)
 
@@ -246,25 +250,27 @@ async def _pieces(
     """The bytes of the answer, one piece per chunk; `columns` is the first."""
     serialise_seconds, position, began = 0.0, 0, time.monotonic()
     lead = writer.start(query.head(work.model, work.task, work.options, request_id.current.get()))
-    while True:
-        started = time.perf_counter()
-        stop = position + n_cells(columns)
-        observe_answers(work.model, columns)
-        piece = writer.write(columns, query.cell_ids[position:stop] if query.cell_ids is not None else None)
-        position = stop
-        is_last = position == query.counts.shape[0]
-        piece = lead + piece + (writer.end() if is_last else b"")
-        lead = b""
-        serialise_seconds += time.perf_counter() - started
-        if is_last:
-            measure(work, position, seconds, timing, serialise_seconds)
-            if (trace := tracing.current.get()) is not None:
-                trace.stage("serialise", began, time.monotonic(), {"cellserve.busy_seconds": serialise_seconds})
-            observe_query(work.model, query)
-        yield piece
-        if is_last:
-            return
-        columns = await next_chunk(chunks, app.timeout_seconds)
+    # Nobody asks for the end after the last chunk, and what is left to the garbage is closed by a task of its own.
+    async with contextlib.aclosing(chunks):  # type: ignore[type-var]
+        while True:
+            started = time.perf_counter()
+            stop = position + n_cells(columns)
+            observe_answers(work.model, columns)
+            piece = writer.write(columns, query.cell_ids[position:stop] if query.cell_ids is not None else None)
+            position = stop
+            is_last = position == query.counts.shape[0]
+            piece = lead + piece + (writer.end() if is_last else b"")
+            lead = b""
+            serialise_seconds += time.perf_counter() - started
+            if is_last:
+                measure(work, position, seconds, timing, serialise_seconds)
+                if (trace := tracing.current.get()) is not None:
+                    trace.stage("serialise", began, time.monotonic(), {"cellserve.busy_seconds": serialise_seconds})
+                observe_query(work.model, query)
+            yield piece
+            if is_last:
+                return
+            columns = await next_chunk(chunks, app.timeout_seconds)
 
 
 async def next_chunk(chunks: AsyncIterator[Columns], limit_seconds: float) -> Columns:
@@ -289,5 +295,6 @@ def measure(work: Work, n_rows: int, seconds: dict[str, float], timing: Timing, 
         "serialise": serialise_seconds,
     }
     for stage, stage_seconds in spent.items():
-        metrics.stage_seconds(work.task.name, stage).observe(stage_seconds)
-    metrics.CELLS.labels(work.model.manifest.name, work.model.manifest.version, work.task.name).inc(n_rows)
+        metrics.series(metrics.STAGE_SECONDS, work.task.name, stage).observe(stage_seconds)
+    manifest = work.model.manifest
+    metrics.series(metrics.CELLS, manifest.name, manifest.version, work.task.name).inc(n_rows)

@@ -73,7 +73,7 @@ def check_raw(cells: Cells, n_before: int = 0) -> CountsReport:
     kind = values.dtype.kind
     # One number decides each question where all is well; where it is is looked for only when it is not.
     lowest, highest = (values.min(), values.max()) if len(values) else (0, 0)
-    if not (np.isfinite(lowest) and np.isfinite(highest)):
+    if kind == "f" and not (np.isfinite(lowest) and np.isfinite(highest)):
         raise _refusal(
             cells,
             n_before,
@@ -100,25 +100,25 @@ def check_raw(cells: Cells, n_before: int = 0) -> CountsReport:
     return CountsReport(
         n_cells=len(cells),
         n_empty=len(library_size) - len(filled),
-        warnings=_warnings(values, filled),
+        warnings=_warnings(values, highest, filled),
         largest_library=float(filled.max()) if len(filled) else 0.0,
     )
 
 
-def _warnings(values: NDArray[Any], filled: NDArray[np.float64]) -> tuple[str, ...]:
-    """Suspicions that are no proof; `filled` is the library size of the cells that have counts."""
+def _warnings(values: NDArray[Any], highest: float, filled: NDArray[np.float64]) -> tuple[str, ...]:
+    """Suspicions that are no proof; `highest` is the largest value, `filled` the library size of the cells that have counts."""
     if not len(filled):
         return ()
     warnings = []
     # Counts of a droplet are mostly ones and have a long tail; rounded logarithms have neither.
-    if values.max() <= LOG_LIKE_MAXIMUM:
+    if highest <= LOG_LIKE_MAXIMUM:
         n_nonzero, n_ones = np.count_nonzero(values), np.count_nonzero(values == 1)
         if n_nonzero > 1000 and n_ones / n_nonzero < 0.5:
             warnings.append(
-                f"All values are integers, but none is above {int(values.max())} and only {n_ones / n_nonzero:.0%} are 1: these may be "
+                f"All values are integers, but none is above {int(highest)} and only {n_ones / n_nonzero:.0%} are 1: these may be "
                 "rounded log values. Send raw counts."
             )
-    if np.median(filled) > READ_LIKE_MEDIAN:
+    if filled.max() > READ_LIKE_MEDIAN and np.median(filled) > READ_LIKE_MEDIAN:  # the first is quick
         warnings.append(
             f"The median cell has {np.median(filled):,.0f} counts: these look like reads, not unique molecules. The model was trained on "
             "molecules (UMI); read counts are answered, with less certainty than stated."
@@ -175,7 +175,7 @@ _EMPTY = vars(sp.csr_matrix((0, 0)))
 def row_sums(counts: sp.csr_matrix) -> NDArray[np.float64]:
     """Counts of each cell, (n_cells,), added up in float64 so that no order shows; scipy's own takes six times as long for one cell."""
     sums = np.zeros(counts.shape[0])
-    filled = np.flatnonzero(counts.indptr[1:] - counts.indptr[:-1])
+    (filled,) = (counts.indptr[1:] - counts.indptr[:-1]).nonzero()
     if len(filled):
         sums[filled] = np.add.reduceat(counts.data, counts.indptr[filled], dtype=np.float64)
     return sums

@@ -292,14 +292,15 @@ class GeneIndex:
         return "Send Ensembl gene ids or gene symbols of the model's species, and all genes that were measured, not only marker genes."
 
 
-def align(counts: sp.csr_matrix, positions: NDArray[np.int32], n_genes: int, is_exact: bool = False) -> sp.csr_matrix:
+def align(counts: sp.csr_matrix, positions: NDArray[np.int32], n_genes: int, is_plain: bool = False) -> sp.csr_matrix:
     """Reorder counts to the model's genes; genes that the query lacks become zero, columns of one gene are summed.
 
     Args:
         counts: raw counts, shape (n_cells, n_query_genes).
         positions: for each query gene its position in the model or -1, from `GeneIndex.locate`.
         n_genes: number of genes of the model.
-        is_exact: no cell has 2**24 counts or more, so that sums of its counts are exact in float32 in any order.
+        is_plain: no two genes that were sent are one gene of the model, and no cell has 2**24 counts or more, so that sums of its counts
+            are exact in float32 in any order.
 
     Returns:
         Counts float32 of shape (n_cells, n_genes), in which a cell has no more than one entry of a gene that is not zero. The order in
@@ -307,7 +308,7 @@ def align(counts: sp.csr_matrix, positions: NDArray[np.int32], n_genes: int, is_
         the model does not use is a zero of its first gene, so that nothing is sorted and nothing moved. Else columns are added up in
         float64 and indices are sorted.
     """
-    if is_exact and _is_injective(positions) and _is_ascending(counts):
+    if is_plain and _is_ascending(counts):
         data = counts.data.astype(np.float32)
         if len(positions) == n_genes and (positions == np.arange(n_genes, dtype=np.int32)).all():
             return csr(data, counts.indices, counts.indptr, n_genes)
@@ -321,12 +322,6 @@ def align(counts: sp.csr_matrix, positions: NDArray[np.int32], n_genes: int, is_
     aligned = sp.csr_matrix((data, moved[kept], ends), shape=(counts.shape[0], n_genes))
     aligned.sum_duplicates()
     return aligned.astype(np.float32)
-
-
-def _is_injective(positions: NDArray[np.int32]) -> bool:
-    """Whether no two genes that were sent are one gene of the model."""
-    used = positions[positions >= 0]
-    return len(used) == 0 or bool(np.bincount(used).max() <= 1)
 
 
 def _is_ascending(counts: sp.csr_matrix) -> bool:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from service.contract import artifact, strict_json, traffic
-from service.contract.traffic import MAX_TRAFFIC_BYTES, TRAFFIC, Traffic
+from service.contract.traffic import MAX_TRAFFIC_BYTES, NO_TRAFFIC, TRAFFIC, Traffic
 from service.errors import InvalidArtifact, ModelNotFound
 
 ALIASES = "aliases.json"
@@ -55,10 +55,9 @@ class Listing:
         Raises:
             ModelNotFound: no such name, version or alias.
         """
-        available = ", ".join(map(str, self.ids())) or "none"
         if model is None:
             if len(self.versions) != 1:
-                raise ModelNotFound(model="", available=available)
+                raise self._not_found("")
             model = next(iter(self.versions))
         name, _, wanted = model.partition("@")
         aliases = self.aliases.get(name, {})
@@ -66,8 +65,11 @@ class Listing:
             wanted = wanted or aliases.get(DEFAULT, self.versions[name][-1])
             wanted = aliases.get(wanted, wanted)
         if wanted not in self.versions.get(name, ()):
-            raise ModelNotFound(model=model[:140], available=available)
+            raise self._not_found(model[:140])
         return ModelId(name, wanted)
+
+    def _not_found(self, model: str) -> ModelNotFound:
+        return ModelNotFound(model=model, available=", ".join(map(str, self.ids())) or "none")
 
 
 @dataclass(frozen=True)
@@ -117,7 +119,7 @@ class Store:
         """
         path = self.root / name / TRAFFIC
         if not _NAME.fullmatch(name) or not os.path.lexists(path):
-            return Traffic()
+            return NO_TRAFFIC
         try:
             found = traffic.parse(strict_json.loads(artifact.read_regular(path, MAX_TRAFFIC_BYTES)))
         except ValueError as error:

@@ -36,6 +36,10 @@ class Traffic(BaseModel):
         return tuple(target for target in named if target is not None)
 
 
+NO_TRAFFIC = Traffic()
+"""Of a model without the file."""
+
+
 def parse(document: Any) -> Traffic:
     """The content of traffic.json.
 

@@ -9,7 +9,7 @@ import contextlib
 import math
 import time
 from collections import defaultdict, deque
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
@@ -32,6 +32,9 @@ MAX_WAITING_CHUNKS = 4
 FEW_ROWS = SHAPES[0]
 HEADROOM = 1.5
 """An answer is expected so many times later than its rows alone would take: it must be written and sent as well, and others may go before."""
+
+N_REMEMBERED = 8
+"""The next long request is taken to have as many cells as the smallest of so many that came last."""
 
 QUICK_SECONDS = 0.002
 """A few rows of a task that took less than this the last time run in the event loop: two changes of threads would take longer."""
@@ -139,6 +142,10 @@ class Batcher:
         self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="cellserve-compute")
         self._task: asyncio.Task[None] | None = None
         self._rows_per_second = 0.0
+        self._long_rows: deque[int] = deque(maxlen=N_REMEMBERED)
+        """Rows of the long requests that came last, whether they were taken or refused."""
+        self._n_coming = 0
+        """Long requests that are being parsed."""
         self._quick: set[tuple[str, str]] = set()
         """Models and tasks of which a few rows were quick the last time."""
         self._is_stopping = False
@@ -186,23 +193,12 @@ class Batcher:
             ShuttingDown: the batcher stops.
         """
         n_rows = int(counts.shape[0])
+        if n_rows > SHORT_ROWS:
+            self._long_rows.append(n_rows)
         if self._is_stopping:
             raise ShuttingDown
-        if self._n_queued + n_rows > self._max_queue_rows:
-            raise QueueFull(
-                n_queued=self._n_queued,
-                n_cells=n_rows,
-                limit_rows=self._max_queue_rows,
-                retry_after_seconds=self.retry_after_seconds(),
-            )
-        now = time.monotonic()
-        if (expected := self._expected_seconds(n_rows)) > deadline - now:
-            raise DeadlineTooShort(
-                expected_seconds=expected,
-                left_seconds=max(0.0, deadline - now),
-                retry_after_seconds=self.retry_after_seconds(),
-            )
-        ticket = Ticket(work, counts, now, deadline, charge=charge, trace=tracing.current.get())
+        self.check_room(deadline, n_rows)
+        ticket = Ticket(work, counts, time.monotonic(), deadline, charge=charge, trace=tracing.current.get())
         self._change_queue(n_rows)
         self._tickets.add(ticket)
         self._enqueue(ticket)
@@ -254,27 +250,51 @@ class Batcher:
         """Seconds after which what waits now should have run, at the speed that was measured; at least 1, at most 60."""
         return min(60, max(1, math.ceil(self._n_queued / self._rows_per_second))) if self._rows_per_second else 1
 
-    def check_room(self, deadline: float = math.inf) -> None:
-        """Whether a long request would have to be refused whatever it holds, so that it need not be read.
+    def check_room(self, deadline: float = math.inf, n_rows: int | None = None) -> None:
+        """Refuse what cannot be taken, or not be done in time.
+
+        Args:
+            deadline: on the clock of `time.monotonic`.
+            n_rows: of the request. By default it is a long one that has not been read, and would be read in vain: it is taken to be like
+                those that came last.
 
         Raises:
-            QueueFull: no row has room.
-            DeadlineTooShort: what waits already would take longer.
+            QueueFull: more rows would wait than are allowed.
+            DeadlineTooShort: at the speed that was measured the answer would come too late.
         """
-        if self._n_queued >= self._max_queue_rows:
+        if self._n_queued + (n_rows or 1) > self._max_queue_rows:
             raise QueueFull(
                 n_queued=self._n_queued,
-                n_cells=0,
+                n_cells=n_rows or 1,
                 limit_rows=self._max_queue_rows,
                 retry_after_seconds=self.retry_after_seconds(),
             )
         left = deadline - time.monotonic()
-        if (expected := self._expected_seconds(SHORT_ROWS + 1)) > left:
+        if (expected := self._expected_seconds(n_rows or self._usual_rows)) > left:
             raise DeadlineTooShort(
                 expected_seconds=expected,
                 left_seconds=max(0.0, left),
                 retry_after_seconds=self.retry_after_seconds(),
             )
+
+    @contextlib.contextmanager
+    def coming(self, deadline: float = math.inf) -> Iterator[None]:
+        """Keep room for a long request while it is parsed, so that no others are parsed for the same room, and in vain.
+
+        Raises:
+            QueueFull, DeadlineTooShort: as of `check_room`.
+        """
+        self.check_room(deadline)
+        self._n_coming += 1
+        try:
+            yield
+        finally:
+            self._n_coming -= 1
+
+    @property
+    def _usual_rows(self) -> int:
+        """What a long request is taken to have before it is known."""
+        return min(self._long_rows, default=SHORT_ROWS + 1)
 
     def _expected_seconds(self, n_rows: int) -> float:
         """Until `n_rows` more would be done. A short request waits for others of its kind only, so it counts for itself.
@@ -283,7 +303,8 @@ class Batcher:
         """
         if not self._rows_per_second or self.is_idle:
             return 0.0
-        return HEADROOM * (n_rows if n_rows <= SHORT_ROWS else self._n_queued + n_rows) / self._rows_per_second
+        n_before = 0 if n_rows <= SHORT_ROWS else self._n_queued + self._n_coming * self._usual_rows
+        return HEADROOM * (n_before + n_rows) / self._rows_per_second
 
     def _enqueue(self, ticket: Ticket) -> None:
         ticket.is_waiting = True
@@ -296,8 +317,11 @@ class Batcher:
 
     async def _run(self) -> None:
         loop = asyncio.get_running_loop()
-        free_since, was_idle = time.monotonic(), True
+        free_since, was_idle, is_here = time.monotonic(), True, False
         while True:
+            if is_here:
+                await asyncio.sleep(0)  # others of this loop have their turn, however many such requests wait
+                is_here = False
             pieces = self._next_pieces()
             if not pieces:
                 was_idle = True
@@ -311,9 +335,8 @@ class Batcher:
             was_idle = False
             started = self._running_since = time.monotonic()
             try:
-                if is_few and kind in self._quick:
+                if is_here := is_few and kind in self._quick:
                     columns = _compute(pieces)
-                    await asyncio.sleep(0)  # others of this loop have their turn, however many such requests wait
                 else:
                     columns = await loop.run_in_executor(self._executor, _compute, pieces)
             except Exception as error:
@@ -352,12 +375,11 @@ class Batcher:
         """Count a chunk."""
         task = work.task.name
         n_run = work.n_run(n_rows)
-        metrics.BATCHES.labels(task, reason).inc()
-        rows, fill, padding, duration = metrics.batch_series(task)
-        rows.observe(n_rows)
-        fill.observe(n_rows / self._batch_rows)
-        padding.observe(1 - n_rows / n_run)
-        duration.observe(seconds)
+        metrics.series(metrics.BATCHES, task, reason).inc()
+        metrics.series(metrics.BATCH_ROWS, task).observe(n_rows)
+        metrics.series(metrics.BATCH_FILL, task).observe(n_rows / self._batch_rows)
+        metrics.series(metrics.BATCH_PADDING, task).observe(1 - n_rows / n_run)
+        metrics.series(metrics.BATCH_SECONDS, task).observe(seconds)
 
     def _trace_batch(
         self, pieces: list[tuple[Ticket, int, int]], started: float, n_rows: int, reason: str, error: str = ""
@@ -391,9 +413,8 @@ class Batcher:
                         _deliver(ticket, DeadlinePassed(waited_seconds=now - ticket.admitted))
                         continue
                     ticket.wait_seconds = now - ticket.admitted
-                    metrics.QUEUE_WAIT_SECONDS.labels("short" if ticket.is_short else "long").observe(
-                        ticket.wait_seconds
-                    )
+                    lane = "short" if ticket.is_short else "long"
+                    metrics.series(metrics.QUEUE_WAIT_SECONDS, lane).observe(ticket.wait_seconds)
                 pieces.append((ticket, ticket.n_taken, ticket.n_taken + n_rows))
                 ticket.n_taken += n_rows
                 self._change_queue(-n_rows)

@@ -24,7 +24,7 @@ def encode(sessions: Mapping[str, Session], counts: sp.csr_matrix) -> NDArray[np
     transform = sessions["transform"]
     library = library_size(counts) if len(transform.inputs) > 1 else None
 
-    def dense(rows: slice, n_rows: int) -> dict[str, NDArray[np.float32]]:
+    def dense(rows: slice, n_rows: int) -> dict[str, Array]:
         ends = counts.indptr[rows.start : rows.stop + 1]
         given = {"count": counts.data[ends[0] : ends[-1]]}
         if library is not None:

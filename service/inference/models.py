@@ -20,7 +20,7 @@ from service import metrics
 from service.contract import artifact
 from service.contract.artifact import Artifact
 from service.contract.store import DEFAULT, Listing, ModelId, Store
-from service.contract.traffic import Traffic, position
+from service.contract.traffic import NO_TRAFFIC, Traffic, position
 from service.errors import CellserveError, InvalidArtifact, ModelNotReady
 from service.inference.loaded import Loaded, give_back_memory
 from service.inference.model import Model, load
@@ -176,7 +176,7 @@ class Models:
 
     def _read(self, name: str, before: Listing) -> tuple[Mapping[str, str], Traffic]:
         """Aliases and traffic of a model; where they cannot be read, what they were before."""
-        aliases, traffic = before.aliases.get(name, {}), before.traffic.get(name, Traffic())
+        aliases, traffic = before.aliases.get(name, {}), before.traffic.get(name, NO_TRAFFIC)
         has_good = name in before.versions and name not in self._broken
         try:
             aliases = self.store.aliases(name)
@@ -319,7 +319,7 @@ class Models:
         model_id = listing.resolve(name)
         if model_id.name in self._broken:
             raise ModelNotReady(model=model_id.name, reason=self._broken[model_id.name])
-        split = listing.traffic.get(model_id.name, Traffic()).split
+        split = listing.traffic.get(model_id.name, NO_TRAFFIC).split
         if split is not None and request_id is not None and "@" not in (name or ""):
             target = self._target(listing, model_id.name, split.to)
             if target is not None and position(model_id.name, request_id) < split.share:
@@ -329,7 +329,7 @@ class Models:
     def shadow_of(self, model: Model) -> ModelId | None:
         """The version that shall compute the same answers, where there is one that can."""
         listing, name = self._listing, model.manifest.name
-        wanted = listing.traffic.get(name, Traffic()).shadow
+        wanted = listing.traffic.get(name, NO_TRAFFIC).shadow
         target = self._target(listing, name, wanted) if wanted is not None else None
         return target if str(target) != model.id else None
 
@@ -351,12 +351,15 @@ class Models:
             raise ModelNotReady(model=str(model_id), reason=failure.reason if failure else LOADING)
         return model
 
-    async def obtain(self, name: str | None, request_id: str | None = None) -> Model:
+    async def obtain(
+        self, name: str | None, request_id: str | None = None, limit_seconds: float | None = None
+    ) -> Model:
         """The model that a name means for a request (see `choose`), loaded for it where it was unloaded.
 
         Raises:
             ModelNotFound: no such model.
             ModelNotReady: it is still being loaded for the first time, or was refused.
+            TimeoutError: it could not be loaded within `limit_seconds`.
         """
         model_id = self.choose(name, request_id)
         model = self._loaded.get(model_id)
@@ -368,7 +371,8 @@ class Models:
                 raise ModelNotReady(model=str(model_id), reason=failure.reason)
         elif not self._is_done.is_set():
             raise ModelNotReady(model=str(model_id), reason=LOADING)
-        return await asyncio.get_running_loop().run_in_executor(self._loader, self.load_now, model_id)
+        async with asyncio.timeout(limit_seconds):
+            return await asyncio.get_running_loop().run_in_executor(self._loader, self.load_now, model_id)
 
     def load_now(self, model_id: ModelId) -> Model:
         """A version, loaded if it is not in memory; blocks meanwhile.

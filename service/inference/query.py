@@ -48,8 +48,8 @@ def prepare(model: Model, cells: Cells) -> Query:
     """
     positions, genes_report = model.genes.locate(cells.genes)
     counts_report = check_raw(cells)
-    is_exact = counts_report.largest_library < MAX_EXACT
-    counts = align(cells.counts, positions, model.manifest.genes.n_genes, is_exact)
+    is_plain = not genes_report.n_duplicated and counts_report.largest_library < MAX_EXACT
+    counts = align(cells.counts, positions, model.manifest.genes.n_genes, is_plain)
     return Query(
         counts=counts,
         library_size=library_size(counts),

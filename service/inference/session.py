@@ -24,6 +24,7 @@ from service.contract.manifest import Graph
 from service.errors import InvalidArtifact, ProviderUnavailable, UnstableBits
 
 Array = NDArray[np.float32] | NDArray[np.int64]
+Output = NDArray[np.float32]
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 Provider = Literal["cpu", "cuda"]
@@ -212,7 +213,7 @@ class Session:
         options = () if len(names) == len(self.outputs) else (_partly(),)
         slices = [slice(start, min(start + largest, n_cells)) for start in range(0, n_cells, largest)]
 
-        def run_piece(rows: slice) -> list[NDArray[np.float32]]:
+        def run_piece(rows: slice) -> list[Output]:
             n_piece = rows.stop - rows.start
             n_rows = next(shape for shape in self.shapes if shape >= n_piece)
             arrays = self._session.run(names, inputs_of(rows, n_rows), *options)
@@ -222,7 +223,8 @@ class Session:
                 for array, columns in zip(arrays, chosen, strict=True)
             ]
 
-        pieces = [run_piece(rows) for rows in slices] if self._is_quiet else self._runtime.share(run_piece, slices)
+        is_alone = self._is_quiet or len(slices) == 1
+        pieces = [run_piece(rows) for rows in slices] if is_alone else self._runtime.share(run_piece, slices)
         joined = pieces[0] if len(pieces) == 1 else [np.concatenate(arrays) for arrays in zip(*pieces, strict=True)]
         return dict(zip(names, joined, strict=True))
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import scipy.sparse as sp
@@ -59,13 +60,17 @@ class Task:
         """Whether a model has all that the task needs."""
         return set(self.graphs) <= set(model.sessions) and (model.reference is not None or not self.needs_reference)
 
+    @cached_property
+    def _defaults(self) -> Options:
+        return read_options(self.name, self.options, {})
+
     def read_options(self, values: Mapping[str, str], model: Model) -> Options:
         """The options as a person wrote them, checked.
 
         Raises:
             InvalidOption: an option is unknown, or has a value that is not allowed or that the model cannot serve.
         """
-        options = read_options(self.name, self.options, values)
+        options = read_options(self.name, self.options, values) if values else self._defaults
         options.check(model)
         return options
 

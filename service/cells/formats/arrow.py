@@ -4,7 +4,6 @@ import io
 import json
 import struct
 from collections.abc import Sequence
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -15,13 +14,21 @@ import scipy.sparse as sp
 from service.cells.columns import Columns, LabelLists, Labels, Vectors
 from service.cells.counts import Cells, csr
 from service.cells.formats.arrow_limits import check_decoded_size
-from service.cells.formats.format import Format, check_names
+from service.cells.formats.format import Format, check_names, remembered
 from service.contract import strict_json
 from service.errors import InvalidCells, MalformedBody, NoCells
 
 GENE_TYPES = (pa.int32(), pa.int64(), pa.uint16(), pa.uint32())
 COUNT_TYPES = (pa.uint8(), pa.uint16(), pa.uint32(), pa.int32(), pa.int64(), pa.float32(), pa.float64())
 COLUMNS = ("gene", "count", "cell_id", "batch", "cluster")
+_NUMPY = {
+    kind.id: np.dtype({"float": "float32", "double": "float64"}.get(str(kind), str(kind)))
+    for kind in GENE_TYPES + COUNT_TYPES
+}
+_ARROW = {np.dtype(np.float32): pa.float32(), np.dtype(np.int32): pa.int32()}
+_OPTIONS = pa.ipc.IpcWriteOptions()
+"""Arrow's own; without any it looks for some in the environment, each time."""
+
 GENES_KEY = b"genes"
 PROBLEM_KEY = b"cellserve-problem"
 """Of the metadata of a last record batch, where a streamed answer breaks off."""
@@ -79,7 +86,7 @@ def _genes(schema: pa.Schema) -> tuple[str, ...]:
     return _decoded_genes(encoded)
 
 
-@lru_cache(maxsize=16)  # a client sends the same genes with every request
+@remembered
 def _decoded_genes(encoded: bytes) -> tuple[str, ...]:
     try:
         return check_names(strict_json.loads(encoded), "genes")
@@ -88,17 +95,21 @@ def _decoded_genes(encoded: bytes) -> tuple[str, ...]:
 
 
 def _check_types(schema: pa.Schema) -> None:
-    if unknown := sorted(set(schema.names) - set(COLUMNS)):
+    names = schema.names
+    if unknown := sorted(set(names) - set(COLUMNS)):
         raise InvalidCells(problem=f"Unknown column {unknown[0][:60]!r}. The columns are: {', '.join(COLUMNS)}.")
-    if len(set(schema.names)) != len(schema.names):
+    if len(set(names)) != len(names):
         raise InvalidCells(problem="A column occurs twice.")
     for name, allowed in (("gene", GENE_TYPES), ("count", COUNT_TYPES)):
-        wanted = f"list<{'|'.join(map(str, allowed))}>"
-        if name not in schema.names:
-            raise InvalidCells(problem=f"Column '{name}' is missing; it must be of type {wanted}.")
+        if name not in names:
+            raise InvalidCells(problem=f"Column '{name}' is missing; it must be of type {_lists_of(allowed)}.")
         found = schema.field(name).type
         if not pa.types.is_list(found) or found.value_type not in allowed:
-            raise InvalidCells(problem=f"Column '{name}' must be of type {wanted}, not {found}.")
+            raise InvalidCells(problem=f"Column '{name}' must be of type {_lists_of(allowed)}, not {found}.")
+
+
+def _lists_of(allowed: Sequence[pa.DataType]) -> str:
+    return f"list<{'|'.join(map(str, allowed))}>"
 
 
 def _counts(batches: list[pa.RecordBatch], n_genes: int) -> sp.csr_matrix:
@@ -106,28 +117,29 @@ def _counts(batches: list[pa.RecordBatch], n_genes: int) -> sp.csr_matrix:
     n_before = 0
     for batch in batches:
         genes, counts = batch.column("gene"), batch.column("count")
-        offsets = {name: _offsets(column) for name, column in (("gene", genes), ("count", counts))}
-        sizes = np.diff(offsets["gene"])
         if genes.null_count or counts.null_count:
             raise InvalidCells(problem=f"A cell of rows {n_before}-{n_before + batch.num_rows - 1} is null.")
-        if (unlike := np.flatnonzero(sizes != np.diff(offsets["count"]))).size:
-            raise InvalidCells(problem=f"Cell {n_before + unlike[0]} has another number of genes than of counts.")
-        inner = {
-            name: column.values[offsets[name][0] : offsets[name][-1]]
-            for name, column in (("gene", genes), ("count", counts))
-        }
-        if inner["gene"].null_count or inner["count"].null_count:
+        gene_offsets, count_offsets = _offsets(genes), _offsets(counts)
+        sizes = gene_offsets[1:] - gene_offsets[:-1]
+        is_unlike = sizes != count_offsets[1:] - count_offsets[:-1]
+        if is_unlike.any():
+            cell = n_before + int(np.argmax(is_unlike))
+            raise InvalidCells(problem=f"Cell {cell} has another number of genes than of counts.")
+        inner_genes = genes.values[gene_offsets[0] : gene_offsets[-1]]
+        inner_counts = counts.values[count_offsets[0] : count_offsets[-1]]
+        if inner_genes.null_count or inner_counts.null_count:
             raise InvalidCells(problem=f"A gene or count in rows {n_before}-{n_before + batch.num_rows - 1} is null.")
-        index = _numpy(inner["gene"])
-        if len(index) and (index.min() < 0 or index.max() >= n_genes):
+        index = _numpy(inner_genes)
+        if len(index) and (index.max() >= n_genes or (index.dtype.kind == "i" and index.min() < 0)):
             first = int(np.argmax((index < 0) | (index >= n_genes)))
-            cell = n_before + int(np.searchsorted(offsets["gene"] - offsets["gene"][0], first, side="right")) - 1
+            cell = n_before + int(np.searchsorted(gene_offsets - gene_offsets[0], first, side="right")) - 1
             raise InvalidCells(problem=f"Cell {cell} has gene index {index[first]}, but 'genes' has {n_genes:,} names.")
         indices.append(index)
-        values.append(_numpy(inner["count"]))
+        values.append(_numpy(inner_counts))
         lengths.append(sizes)
         n_before += batch.num_rows
-    indptr = np.concatenate(([0], np.cumsum(_joined(lengths))))
+    indptr = np.zeros(n_before + 1, np.int64)
+    _joined(lengths).cumsum(out=indptr[1:])
     return csr(_joined(values), _joined(indices), indptr, n_genes)
 
 
@@ -136,7 +148,7 @@ def _counts(batches: list[pa.RecordBatch], n_genes: int) -> sp.csr_matrix:
 
 def _numpy(array: pa.Array) -> np.ndarray[Any, Any]:
     """The numbers of a primitive array without nulls, where they lie."""
-    dtype = np.dtype({"float": "float32", "double": "float64"}.get(str(array.type), str(array.type)))
+    dtype = _NUMPY[array.type.id]
     buffer = array.buffers()[1]
     if buffer is None or not len(array):
         return np.empty(0, dtype)
@@ -156,8 +168,7 @@ def _arrow(array: np.ndarray[Any, Any]) -> pa.Array:
     if array.dtype == bool:
         packed = np.packbits(array, bitorder="little")
         return pa.Array.from_buffers(pa.bool_(), len(array), [None, pa.py_buffer(packed)])
-    kind = {np.dtype(np.float32): pa.float32(), np.dtype(np.int32): pa.int32()}[array.dtype]
-    return pa.Array.from_buffers(kind, len(array), [None, pa.py_buffer(np.ascontiguousarray(array))])
+    return pa.Array.from_buffers(_ARROW[array.dtype], len(array), [None, pa.py_buffer(np.ascontiguousarray(array))])
 
 
 def _strings(words: Sequence[str]) -> pa.Array:
@@ -222,7 +233,7 @@ class ArrowWriter:
         schema = pa.schema(fields, metadata={"cellserve": self._head})
         if self._writer is None:
             self._schema = schema
-            self._writer = pa.ipc.new_stream(self._sink, schema)
+            self._writer = pa.ipc.new_stream(self._sink, schema, options=_OPTIONS)
         self._writer.write_batch(pa.record_batch(arrays, schema=schema))
         return self._drained()
 

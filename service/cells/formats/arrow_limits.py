@@ -5,7 +5,7 @@ Arrow's metadata are flatbuffers; only the buffer list of a record batch is walk
 """
 
 import struct
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from service.errors import BodyTooLarge
 
@@ -44,8 +44,7 @@ def check_decoded_size(body: bytes, max_bytes: int) -> bool:
     return False
 
 
-@dataclass(frozen=True)
-class Message:
+class Message(NamedTuple):
     """One message of a stream, by its place in the bytes."""
 
     kind: int

@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -10,7 +9,7 @@ import scipy.sparse as sp
 from numpy.typing import NDArray
 
 from service.cells.counts import Cells, csr
-from service.cells.formats.format import MAX_GENES, check_names
+from service.cells.formats.format import MAX_GENES, check_names, remembered
 from service.cells.formats.tensors import Tensor
 from service.errors import InvalidCells, NoCells, TooManyCells
 
@@ -102,7 +101,7 @@ def _gene_names(tensor: Tensor) -> tuple[str, ...]:
     return check_names(tensor.words(), "genes")
 
 
-@lru_cache(maxsize=16)  # a client sends the same genes with every request
+@remembered
 def _decoded_names(content: bytes, shape: tuple[int, ...]) -> tuple[str, ...]:
     return check_names(Tensor("genes", "BYTES", shape, memoryview(content)).words(), "genes")
 

@@ -116,3 +116,13 @@ async def test_the_reference_beside_it(tmp_path: Path) -> None:
         assert (await values(client))[n_bytes] == sum(path.stat().st_size for path in tmp_path.glob("*/*/*.onnx"))
         metrics.forget("described", "1")
         assert not any(("model", "described") in labels for _, labels in await values(client))
+
+
+def test_a_version_that_comes_back_is_counted_again() -> None:
+    """What is counted after a version was forgotten is in the exposition, from zero on."""
+    for n_cells in (5, 7):
+        metrics.series(metrics.CELLS, "returning", "1", "embed").inc(n_cells)
+        line = f'cellserve_cells_total{{model="returning",task="embed",version="1"}} {n_cells}.0'
+        assert line in metrics.exposition().decode()
+        metrics.forget("returning", "1")
+        assert "returning" not in metrics.exposition().decode()

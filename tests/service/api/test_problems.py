@@ -135,7 +135,7 @@ async def test_cancelling_is_no_error(caplog: pytest.LogCaptureFixture) -> None:
 async def test_what_the_router_raises(status: int) -> None:
     """Every HTTPException of Starlette becomes a problem with a code of ours, and 404 and 405 their own."""
     request = Request({"type": "http", "method": "PATCH", "headers": []})
-    answer = problems.from_starlette(request, HTTPException(status, "their words", {"Allow": "GET"}))
+    answer = await problems.from_starlette(request, HTTPException(status, "their words", {"Allow": "GET"}))
     document = json.loads(bytes(answer.body))
 
     assert document["code"] == {404: "not_found", 405: "method_not_allowed"}.get(status, "internal_error")

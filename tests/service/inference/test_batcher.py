@@ -283,6 +283,45 @@ async def test_a_deadline_that_cannot_be_met_is_refused_early(started, recording
     assert await answered(batcher, work, rows(*range(300))) == list(range(300))
 
 
+async def test_what_is_like_the_last_ones_is_refused_unread(started, recording: RecordingTask, tiny: Model) -> None:
+    """A long request that has not been read is taken to have as many rows as the smallest of those that came last."""
+    batcher = started()
+    work = Work(tiny, recording.task(), Options())
+    recording.gate.clear()
+    first = asyncio.create_task(answered(batcher, work, rows(1)))
+    await asyncio.sleep(0.05)
+    batcher._rows_per_second = 1000 * HEADROOM
+
+    batcher.check_room(time.monotonic() + 0.1)
+    with pytest.raises(DeadlineTooShort):
+        await anext(batcher.run(work, rows(*range(200)), deadline=time.monotonic() + 0.1))
+    with pytest.raises(DeadlineTooShort):
+        batcher.check_room(time.monotonic() + 0.1)
+    with pytest.raises(DeadlineTooShort):
+        await anext(batcher.run(work, rows(*range(90)), deadline=time.monotonic() + 0.01))
+    batcher.check_room(time.monotonic() + 0.1)
+    recording.gate.set()
+    assert await first == [1]
+
+
+async def test_what_is_being_parsed_keeps_its_room(started, recording: RecordingTask, tiny: Model) -> None:
+    """Two long requests are not parsed for the room of one."""
+    batcher = started()
+    work = Work(tiny, recording.task(), Options())
+    recording.gate.clear()
+    first = asyncio.create_task(answered(batcher, work, rows(1)))
+    await asyncio.sleep(0.05)
+    batcher._rows_per_second = 1000 * HEADROOM
+
+    with batcher.coming(time.monotonic() + 0.1):
+        with pytest.raises(DeadlineTooShort), batcher.coming(time.monotonic() + 0.1):
+            pass
+        batcher.check_room(time.monotonic() + 0.1, n_rows=1)
+    with batcher.coming(time.monotonic() + 0.1):
+        recording.gate.set()
+        assert await first == [1]
+
+
 async def test_a_wrong_estimate_mends_itself(started, recording: RecordingTask, tiny: Model) -> None:
     """Where nothing waits nothing is refused, or an estimate that refuses all would never be measured again."""
     batcher = started(batch_rows=16)
