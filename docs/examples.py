@@ -26,7 +26,6 @@ WIDTH = 140
 GENES = "MS4A1,CD3D,NKG7,LYZ"
 REQUESTS = {
     "describe.json": "/v1/describe",
-    "annotate.json": "/v1/annotate",
     "embed.json": "/v1/embed",
     "reconstruct.json": f"/v1/reconstruct?genes={GENES}",
 }

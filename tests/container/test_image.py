@@ -13,6 +13,7 @@ import pyarrow as pa
 import pytest
 import scipy.sparse as sp
 
+from service.contract.store import Store
 from tests.builders import arrow_body, counts, gene_table, write_artifact
 from tests.container.container import URL, Container, engine, image, image_config, running
 from tests.end_to_end.conftest import STORE
@@ -64,7 +65,7 @@ def test_image_says_what_it_is() -> None:
     assert labels["org.opencontainers.image.licenses"] == "Apache-2.0"
     assert re.fullmatch(r"\d+\.\d+\.\d+", labels["org.opencontainers.image.version"])
     assert re.fullmatch(r"[0-9a-f]{40}", labels["org.opencontainers.image.revision"])
-    assert "pbmc@1" in labels["cellserve.models"].split(",")
+    assert str(Store(STORE).resolve("pbmc")) in labels["cellserve.models"].split(",")
     assert config["User"] == "10001:10001"
     assert config["StopSignal"] in ("SIGTERM", "15")
     assert config["Entrypoint"][:2] == ["/usr/bin/tini", "--"]
