@@ -9,6 +9,7 @@ from service.contract.manifest import Manifest
 from training import missing_genes, reference_card
 from training.calibration import card as calibration
 from training.data.splits import CALIBRATION, PARTS
+from training.held_out import N_DRAWS, HeldOut
 from training.run import Run
 
 _ROWS = 4096
@@ -20,7 +21,7 @@ _OF_UNKNOWN = (
 )
 
 
-def write(manifest: Manifest, run: Run) -> str:
+def write(manifest: Manifest, run: Run, held_out: HeldOut | None) -> str:
     """README.md of an artifact."""
     genes = manifest.genes
     parts = [run.split.part[name] for name in run.reference.obs_names]
@@ -61,6 +62,7 @@ def write(manifest: Manifest, run: Run) -> str:
         sections.append(f"## Labels: {level.name}\n\n" + _table(("class", "Cell Ontology", "cells"), rows))
     for level, classes in run.family.own_levels.items():
         sections.append(f"## Labels: {level}\n\n" + _own_level(run, level, classes))
+    sections += _held_out(held_out) if held_out else []
     sections += calibration.sections(manifest)
     for modality in manifest.modalities:
         rows = [
@@ -97,7 +99,38 @@ def write(manifest: Manifest, run: Run) -> str:
         f"## Made by\n\n`{provenance.command}` at commit `{provenance.code_commit}`, seed {provenance.seed}, on "
         f"{provenance.hardware['cpu']}. Configuration and package versions are in manifest.json."
     )
+    sections.append(f"## How to cite\n\n{_cite(manifest, run)}")
     return "\n\n".join(sections) + "\n"
+
+
+def _held_out(held_out: HeldOut) -> list[str]:
+    """Figures with intervals and the confusion matrix of each level."""
+    sections = []
+    for level, found in held_out.annotations.items():
+        figures = [
+            (one.cells, f"{one.n_cells:,}", str(one.accuracy), str(one.macro_f1))
+            for one in held_out.figures
+            if one.level == level
+        ]
+        confusion = [
+            (name, *(f"{n:,}" if n else "" for n in row), f"{row[i] / row.sum():.0%}" if row.sum() else "")
+            for i, (name, row) in enumerate(zip(found.classes, found.confusion, strict=True))
+        ]
+        sections.append(
+            f"## Held-out cells: {level}\n\nOf cells that the model was not trained on, with 95 % intervals of the bootstrap over cells "
+            f"({N_DRAWS:,} draws):\n\n"
+            + _table(("cells", "number", "accuracy", "macro-F1"), figures)
+            + "\n\nLabels in rows, the most probable class in columns, all of these cells together:\n\n"
+            + _table(("", *found.classes, "right"), confusion)
+            + f"\n\nExpected calibration error of these cells: {found.expected_calibration_error:.3f}."
+        )
+    return sections
+
+
+def _cite(manifest: Manifest, run: Run) -> str:
+    """This version, and the work that its data come from."""
+    version = f"{manifest.id}, commit {manifest.provenance.code_commit[:12]}, trained with cellserve."
+    return "\n".join(f"- {text}" for text in (version, *run.config.cite))
 
 
 def _own_level(run: Run, level: str, classes: Sequence[str]) -> str:

@@ -304,6 +304,9 @@ class Config(Strict):
     limits: tuple[str, ...] = ()
     """What the model was not made for or does badly; sentences for the card."""
 
+    cite: tuple[str, ...] = ()
+    """Publications that whoever uses the model should cite; for the card."""
+
     species: str = "homo_sapiens"
     data: Annotated[tuple[str | DataFile, ...], Field(min_length=1)]
     """Data sets: names of registered ones, or files."""

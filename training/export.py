@@ -7,8 +7,9 @@ from service.contract import artifact
 from service.contract.store import DEFAULT, ModelId, Store
 from service.inference import model as serving
 from service.inference.session import Runtime
-from training import card, reference_space
+from training import card, card_page, reference_space
 from training.evaluation.annotation import query_sets, score_within
+from training.held_out import measure
 from training.manifest import build
 from training.onnx_graph import Precision
 from training.profile import profile
@@ -56,7 +57,9 @@ def export(
         if run.config.labels:
             metrics |= reference_space.score(run, served, query_sets(run))
         reference = profile(run, served)
-    contents[artifact.CARD] = card.write(manifest.model_copy(update={"metrics": metrics}), run).encode()
+        held_out = measure(run, served)
+    text = card.write(manifest.model_copy(update={"metrics": metrics}), run, held_out)
+    contents |= {artifact.CARD: text.encode(), artifact.PAGE: card_page.write(text, held_out).encode()}
     manifest = manifest.model_copy(
         update={"profile": reference, "metrics": metrics, "files": artifact.describe(contents)}
     )

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import HTMLResponse, JSONResponse, Response
 
 from service.api.negotiation import answer_format
 from service.api.state import state
@@ -19,6 +19,8 @@ from service.errors import ModelNotFound, NoReference, NotAuthorised, RouteNotFo
 from service.inference import TASKS
 from service.inference.mapping import UNLABELLED
 from service.inference.model import Model
+
+PAGE_POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; sandbox"
 
 
 async def list_models(request: Request) -> Response:
@@ -53,6 +55,15 @@ async def show_model(request: Request) -> Response:
     """A model's manifest and card."""
     model = await model_of_path(request)
     return JSONResponse({**_summary(model), "manifest": model.manifest.model_dump(mode="json"), "card": model.card})
+
+
+async def show_card(request: Request) -> Response:
+    """A model's card: the page where the artifact has one, or else its Markdown."""
+    model = await model_of_path(request)
+    if not model.page:
+        return Response(model.card, media_type="text/markdown; charset=utf-8")
+    # Whoever made the artifact wrote the page: the browser is told to run and load nothing of it.
+    return HTMLResponse(model.page, headers={"Content-Security-Policy": PAGE_POLICY})
 
 
 async def show_genes(request: Request) -> Response:

@@ -44,6 +44,13 @@ def document() -> dict[str, Any]:
     version = _path_parameter("version", "Version or alias.")
     model = _get("A model's manifest and card", "models", _json({"type": "object"}), [name], _OF_MODELS)
     genes = _get("A model's genes in graph order", "models", _text("text/tab-separated-values"), [name], _OF_MODELS)
+    card = _get(
+        "A model's card: a page, or Markdown where the artifact has no page",
+        "models",
+        {**_text("text/html"), **_text("text/markdown")},
+        [name],
+        _OF_MODELS,
+    )
     drawn = {
         form.media_type: {
             "schema": {"type": "object"} if "json" in form.media_type else {"type": "string", "format": "binary"}
@@ -63,6 +70,8 @@ def document() -> dict[str, Any]:
             "get": _get("All models, versions, aliases and their state", "models", _json({"type": "object"}))
         },
         "/v1/models/{name}": {"get": model},
+        "/v1/models/{name}/card": {"get": card},
+        "/v1/models/{name}/versions/{version}/card": {"get": {**card, "parameters": [name, version]}},
         "/v1/models/{name}/genes": {"get": genes},
         "/v1/models/{name}/reference": {"get": reference},
         "/v1/models/{name}/versions/{version}/reference": {"get": {**reference, "parameters": [name, version]}},

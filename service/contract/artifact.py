@@ -23,7 +23,7 @@ from service.contract.reference_cells import ReferenceCells
 from service.errors import InvalidArtifact, VersionExists
 
 MANIFEST = "manifest.json"
-CARD = "README.md"
+CARD, PAGE = "README.md", "card.html"
 TEMPORARY_PREFIX = ".tmp-"
 LEFTOVER_SECONDS = 3600
 MAX_MANIFEST_BYTES = 4 * 2**20
@@ -51,6 +51,11 @@ class Artifact:
     def card(self) -> str:
         """The model card, Markdown; empty if there is none."""
         return self.contents.get(CARD, b"").decode("utf-8", errors="replace")
+
+    @property
+    def page(self) -> str:
+        """The model card as a page, HTML; empty if there is none."""
+        return self.contents.get(PAGE, b"").decode("utf-8", errors="replace")
 
     def golden(self) -> dict[str, NDArray[np.float32]]:
         """The arrays of the golden file."""

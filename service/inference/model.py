@@ -30,6 +30,9 @@ class Model:
     sessions: dict[str, Session]
     runtime: Runtime
     card: str
+    page: str
+    """The card as HTML; empty where the artifact has none."""
+
     golden_counts: sp.csr_matrix
     """Counts of the golden cells that are not empty: real cells, held out from training."""
 
@@ -218,6 +221,7 @@ def load(artifact: Artifact, runtime: Runtime, is_quiet: bool = False) -> Model:
         sessions=sessions,
         runtime=runtime,
         card=artifact.card,
+        page=artifact.page,
         golden_counts=_filled(golden["encode/counts"]),
         reference=Nearest(artifact.reference) if artifact.reference is not None else None,
         prediction_sets=read_sets(artifact),

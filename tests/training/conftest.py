@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from tests.training.tiny import register, tiny_config
+from training import export as exporting
 from training import run
 from training.families import FAMILIES
 
@@ -25,3 +26,9 @@ def family_run(
     with pytest.MonkeyPatch.context() as monkeypatch:
         register(monkeypatch)
         yield run.fit(tiny_config(family=request.param), directory, show_progress=False), directory
+
+
+@pytest.fixture(scope="session")
+def exported(family_run: tuple[run.Run, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The version directory of each family's tiny run."""
+    return exporting.export(family_run[0], tmp_path_factory.mktemp("store"))

@@ -13,7 +13,6 @@ from service.inference import TASKS
 from service.inference import model as serving
 from service.inference.session import Runtime, Session
 from tests.training.families.test_families import N_GENES, build
-from training import export as exporting
 from training import run
 from training.explanation import INPUTS, NAME, OUTPUTS, Explain, example_inputs, log_odds
 from training.families import FAMILIES
@@ -103,9 +102,9 @@ def test_sure_cells_are_explained_too() -> None:
     assert gradient[0].tolist() == pytest.approx([1.0, -1.0, 0.0])
 
 
-def test_every_family_is_explained_as_it_is_served(family_run: tuple[run.Run, Path], tmp_path: Path) -> None:
+def test_every_family_is_explained_as_it_is_served(family_run: tuple[run.Run, Path], exported: Path) -> None:
     """Sums within 1 % for labels and units, and a cell's bits are those that it has alone."""
-    model = serving.load(artifact.read(exporting.export(family_run[0], tmp_path)), Runtime())
+    model = serving.load(artifact.read(exported), Runtime())
     counts = family_run[0].test_cells.X.tocsr()[:20]
     task = TASKS[NAME]
     for target in ({}, {"unit": "1", "baseline": "mean"}):

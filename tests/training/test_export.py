@@ -28,12 +28,6 @@ WITH_SPREAD = ("atlas_vae", "gmvae", "vae")
 """Families whose likelihood is one of counts unless another is asked for."""
 
 
-@pytest.fixture(scope="session")
-def exported(family_run: FamilyRun, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The version directory of each family's tiny run."""
-    return exporting.export(family_run[0], tmp_path_factory.mktemp("store"))
-
-
 def test_what_is_served_is_what_was_trained(family_run: FamilyRun, exported: Path) -> None:
     """Through the serving code, latent within 1e-4, probabilities within 1e-5 and expression within 1e-4 of its largest value."""
     made = family_run[0]

@@ -9,16 +9,15 @@ from service.contract import artifact
 from service.inference import displacement
 from service.inference import model as serving
 from service.inference.session import Runtime
-from training import export as exporting
 from training import missing_genes, run
 
 FamilyRun = tuple[run.Run, Path]
 
 
 @pytest.fixture(scope="session")
-def served(family_run: FamilyRun, tmp_path_factory: pytest.TempPathFactory) -> serving.Model:
+def served(exported: Path) -> serving.Model:
     """Each family's tiny run, exported and loaded."""
-    return serving.load(artifact.read(exporting.export(family_run[0], tmp_path_factory.mktemp("store"))), Runtime())
+    return serving.load(artifact.read(exported), Runtime())
 
 
 def test_the_table_travels(served: serving.Model) -> None:

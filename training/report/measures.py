@@ -102,13 +102,21 @@ def correlation(a: NDArray[np.float64], b: NDArray[np.float64]) -> float:
     return float(np.corrcoef(a, b)[0, 1])
 
 
-def annotation(sample: Sample, level: str, classes: Sequence[str]) -> Annotation | None:
-    """The classifier's answers on cells with a label; None where none has one."""
-    labels = sample.labels[level]
+def annotation(
+    labels: NDArray[np.object_], probabilities: NDArray[np.float32], level: str, classes: Sequence[str]
+) -> Annotation | None:
+    """The classifier's answers on cells with a label; None where none has one.
+
+    Args:
+        labels: of the cells, empty where there is none, (n,).
+        probabilities: (n, n_classes).
+        level: name of the label level.
+        classes: its classes, in the order of the columns.
+    """
     labelled = labels != ""
     if not labelled.any():
         return None
-    probabilities = sample.probabilities[level][labelled].astype(np.float64)
+    probabilities = probabilities[labelled].astype(np.float64)
     number = {name: i for i, name in enumerate(classes)}
     truth = np.array([number[name] for name in labels[labelled]])
     found, confidence = probabilities.argmax(axis=1), probabilities.max(axis=1)

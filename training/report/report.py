@@ -43,7 +43,9 @@ def make(run: Run, directory: Path, n_cells: int = N_CELLS) -> Report:
         rebuilt = reconstruction(unseen)
         levels = {level.name: tuple(level.classes) for level in run.config.labels}
         answered = {
-            name: annotation(unseen, name, classes) for name, classes in levels.items() if name in unseen.probabilities
+            name: annotation(unseen.labels[name], unseen.probabilities[name], name, classes)
+            for name, classes in levels.items()
+            if name in unseen.probabilities
         }
         agreed = [row for level in levels for row in agreements(unseen, level, _SEED)]
     annotations = tuple(found for found in answered.values() if found is not None)

@@ -15,10 +15,12 @@ from schemathesis.specs.openapi.checks import response_schema_conformance, statu
 
 from service.api import openapi, problems
 from service.api.routes import build_api
+from service.contract import artifact
+from service.contract.manifest import Manifest
 from service.errors import CellserveError
 from service.inference import TASKS
 from service.inference.questions import QUESTIONS
-from tests.builders import N_REFERENCE, gene_table, write_artifact
+from tests.builders import N_REFERENCE, gene_table, parts, write_artifact
 from tests.conftest import serving
 from tests.end_to_end.server import running_server
 
@@ -52,6 +54,25 @@ async def test_a_model(tmp_path: Path, path: str) -> None:
     assert document["card"].startswith("# tiny")
     assert genes.content == gene_table().dump()
     assert genes.headers["content-type"].startswith("text/tab-separated-values")
+
+
+async def test_a_card(tmp_path: Path) -> None:
+    """The artifact's page, of which a browser runs and loads nothing; Markdown where there is no page."""
+    write_artifact(tmp_path)
+    document, contents = parts(version="2")
+    contents["card.html"] = b"<!DOCTYPE html><title>tiny@2</title>"
+    document["files"] = {file: entry.model_dump() for file, entry in artifact.describe(contents).items()}
+    artifact.write(tmp_path, Manifest.model_validate(document), contents)
+    async with serving(tmp_path) as client:
+        text = await client.get("/v1/models/tiny/versions/1/card")
+        page = await client.get("/v1/models/tiny/card")
+
+    assert text.text.startswith("# tiny")
+    assert text.headers["content-type"].startswith("text/markdown")
+    assert page.content == contents["card.html"]
+    assert page.headers["content-type"].startswith("text/html")
+    assert "default-src 'none'" in page.headers["content-security-policy"]
+    assert "sandbox" in page.headers["content-security-policy"]
 
 
 async def test_reference(tmp_path: Path) -> None:
