@@ -14,6 +14,8 @@ from service.contract.store import Store
 from tests.end_to_end.server import ROOT, Server
 
 STORE = ROOT / "models_store"
+VERSION = Store(STORE).resolve("pbmc").version
+"""Of the shipped model."""
 
 
 @pytest.fixture(scope="session")

@@ -84,7 +84,7 @@ def test_the_published_labels(server: Server, cells: ad.AnnData) -> None:
     with Client(server.url, model="pbmc@default") as client:
         answer = client.annotate(cells)
 
-    assert set(answer.obs["predicted_labels"]) <= set(answer.obsm["probabilities"].columns)
+    assert set(answer.obs["predicted_labels"]) <= {*answer.obsm["probabilities"].columns, "Unknown"}
     assert answer.obs["conf_score"].median() > 0.8
     np.testing.assert_allclose(answer.obsm["probabilities"].sum(axis=1), 1, atol=1e-5)
 

@@ -21,7 +21,7 @@ from tritonclient.utils import InferenceServerException
 
 from service.contract.artifact import Artifact
 from tests.builders import arrow_body
-from tests.end_to_end.conftest import many
+from tests.end_to_end.conftest import VERSION, many
 from tests.end_to_end.server import ROOT, Server, running_server
 
 ARROW = {"Content-Type": "application/vnd.apache.arrow.stream"}
@@ -72,7 +72,7 @@ def bits(table: pa.Table, column: str) -> bytes:
 
 
 def counted(client: InferenceServerClient) -> dict[str, Any]:
-    return client.get_inference_statistics("pbmc", "1")["model_stats"][0]
+    return client.get_inference_statistics("pbmc", VERSION)["model_stats"][0]
 
 
 def test_server(client: InferenceServerClient) -> None:
@@ -81,12 +81,13 @@ def test_server(client: InferenceServerClient) -> None:
     metadata = client.get_server_metadata()
     assert metadata["name"] == "cellserve"
     assert "binary_tensor_data" in metadata["extensions"]
-    assert client.get_model_repository_index() == [{"name": "pbmc", "version": "1", "state": "READY", "reason": ""}]
+    ready = {"name": "pbmc", "version": VERSION, "state": "READY", "reason": ""}
+    assert client.get_model_repository_index() == [ready]
 
 
 def test_readiness_of_models(client: InferenceServerClient) -> None:
     assert client.is_model_ready("pbmc")
-    assert client.is_model_ready("pbmc", "1")
+    assert client.is_model_ready("pbmc", VERSION)
     assert client.is_model_ready("pbmc", "default")
     assert not client.is_model_ready("pbmc", "99")
     assert not client.is_model_ready("nope")
@@ -95,21 +96,26 @@ def test_readiness_of_models(client: InferenceServerClient) -> None:
 def test_metadata_and_config(client: InferenceServerClient, shipped: Artifact) -> None:
     """What a client must know to send cells and to read answers."""
     manifest = shipped.manifest
-    metadata, config = client.get_model_metadata("pbmc"), client.get_model_config("pbmc", "1")
+    metadata, config = client.get_model_metadata("pbmc"), client.get_model_config("pbmc", VERSION)
     n_genes, n_classes = manifest.genes.n_genes, len(manifest.labels[0].classes)
 
-    assert (metadata["name"], metadata["versions"]) == ("pbmc", ["1"])
+    assert (metadata["name"], metadata["versions"]) == ("pbmc", [VERSION])
     assert metadata["inputs"][0] == {"name": "counts", "datatype": "FP32", "shape": [-1, n_genes]}
     assert metadata["inputs"][1] == {"name": "genes", "datatype": "BYTES", "shape": [-1]}
     outputs = {output["name"]: (output["datatype"], output["shape"]) for output in metadata["outputs"]}
-    assert outputs == {
-        "latent": ("FP32", [-1, manifest.n_latent]),
-        "is_empty": ("BOOL", [-1]),
-        "expression": ("FP32", [-1, n_genes]),
-        "predicted_labels": ("BYTES", [-1]),
-        "conf_score": ("FP32", [-1]),
-        "probabilities": ("FP32", [-1, n_classes]),
-    }
+    assert (
+        outputs.items()
+        >= {
+            "latent": ("FP32", [-1, manifest.n_latent]),
+            "is_empty": ("BOOL", [-1]),
+            "expression": ("FP32", [-1, n_genes]),
+            "predicted_labels": ("BYTES", [-1]),
+            "conf_score": ("FP32", [-1]),
+            "probabilities": ("FP32", [-1, n_classes]),
+            "neighbours": ("BYTES", [-1, 15]),
+            "top_genes": ("BYTES", [-1, 20]),
+        }.items()
+    )
     assert (config["name"], config["max_batch_size"]) == ("pbmc", 0)
     assert [sent["name"] for sent in config["input"] if not sent["optional"]] == ["counts"]
 

@@ -9,6 +9,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from service.inference import TASKS
 from tests.builders import arrow_body
+from tests.end_to_end.conftest import VERSION
 from tests.end_to_end.server import Server
 
 ARROW = {"Content-Type": "application/vnd.apache.arrow.stream"}
@@ -31,7 +32,7 @@ def test_metrics_of_a_request(server: Server, cells: ad.AnnData) -> None:
         key = (name, tuple(sorted(labels.items())))
         return after[key] - before.get(key, 0)
 
-    assert grown("cellserve_cells_total", model="pbmc", version="1", task="embed") == cells.n_obs
+    assert grown("cellserve_cells_total", model="pbmc", version=VERSION, task="embed") == cells.n_obs
     assert grown("cellserve_batch_rows_sum", task="embed") == cells.n_obs
     assert grown("cellserve_requests_total", route="/v1/embed", method="POST", status="200") == 1
     for stage in ("read", "parse_wait", "parse", "align", "queue", "compute", "serialise"):
@@ -40,7 +41,7 @@ def test_metrics_of_a_request(server: Server, cells: ad.AnnData) -> None:
         after[
             (
                 "cellserve_model_info",
-                tuple(sorted({"model": "pbmc", "version": "1", "family": "vae", "provider": "cpu"}.items())),
+                tuple(sorted({"model": "pbmc", "version": VERSION, "family": "vae", "provider": "cpu"}.items())),
             )
         ]
         == 1

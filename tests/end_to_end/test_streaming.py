@@ -17,7 +17,7 @@ import scipy.sparse as sp
 
 from service.client import CellserveProblem, Client
 from tests.builders import arrow_body
-from tests.end_to_end.conftest import many
+from tests.end_to_end.conftest import VERSION, many
 from tests.end_to_end.server import Server
 
 ARROW = "application/vnd.apache.arrow.stream"
@@ -56,7 +56,7 @@ def test_same_bits(server: Server, client: Client, cells: ad.AnnData) -> None:
 
     assert latent(streamed).tobytes() == latent(pa.ipc.open_stream(whole.content).read_all().to_batches()).tobytes()
     head = json.loads(streamed[0].schema.metadata[b"cellserve"])
-    assert head["model"] == {"name": "pbmc", "version": "1"}
+    assert head["model"] == {"name": "pbmc", "version": VERSION}
     assert head["genes"]["gene_overlap"] == 1.0
 
 

@@ -85,4 +85,4 @@ async def test_an_artifact_without_explanations(tmp_path: Path) -> None:
 
     assert (unit.status_code, unit.json()["code"]) == (404, "impact_not_offered")
     assert (task.status_code, task.json()["code"]) == (404, "task_not_offered")
-    assert listed["tasks"] == ["embed", "reconstruct", "annotate", "map"]
+    assert listed["tasks"] == ["embed", "reconstruct", "annotate", "map", "describe"]

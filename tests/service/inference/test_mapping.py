@@ -140,4 +140,5 @@ def test_options(tiny: Model, tmp_path: Path) -> None:
 def test_a_model_without_reference_does_not_offer_it(tmp_path: Path) -> None:
     """Old artifacts load and offer what they did."""
     model = load(artifact.read(write_artifact(tmp_path, has_reference=False, is_explained=False)), Runtime())
-    assert [task.name for task in TASKS.values() if task.offered_by(model)] == ["embed", "reconstruct", "annotate"]
+    offered = [task.name for task in TASKS.values() if task.offered_by(model)]
+    assert offered == ["embed", "reconstruct", "annotate", "describe"]
