@@ -44,8 +44,8 @@ def build(
         run: a finished run.
         version: of the artifact.
         precision: of the encoder's first layer; other than float32 is another model, and has another name.
-        for_serving: false for a model that is thrown away again, without what only describes it and takes the most time: the picture of the
-            reference, impacts, and what missing genes do.
+        for_serving: false for a model that is thrown away again, without what annotating needs not and takes the most time: the picture of
+            the reference, explanations, impacts, and what missing genes do.
 
     Raises:
         NothingToQuantise: the encoder has no layer to quantise.
@@ -53,9 +53,13 @@ def build(
     """
     torch.manual_seed(run.config.seed)
     graphs = exported_graphs(run.family, run.config.export.spread, run.config.label_levels, run.calibration)
-    explaining = graphs[explanation.NAME] = explanation.graph(run.family, run.prepared)
     inputs = with_values(run.family, held_out_inputs(run, run.config.export.n_parity))
-    inputs |= explanation.example_inputs(explaining, inputs)
+    golden_cells = with_values(run.family, golden_inputs(run))
+    explaining = explanation.graph(run.family, run.prepared) if for_serving else None
+    if explaining is not None:
+        graphs[explanation.NAME] = explaining
+        inputs |= explanation.example_inputs(explaining, inputs)
+        golden_cells |= explanation.example_inputs(explaining, golden_cells)
     example = {name: torch.from_numpy(array[:2]) for name, array in inputs.items()}
     example["latent"] = torch.zeros(2, run.config.hyperparameters.n_latent)
     contents = {f"{name}.onnx": to_onnx(graph, example) for name, graph in graphs.items()}
@@ -79,8 +83,6 @@ def build(
     differences = parity.compare(
         parity.run_sessions(sessions, input_names, inputs), parity.run_torch(graphs, inputs), precision
     )
-    golden_cells = with_values(run.family, golden_inputs(run))
-    golden_cells |= explanation.example_inputs(explaining, golden_cells)
     golden = parity.run_sessions(sessions, input_names, golden_cells)
     golden_tolerance = {
         f"{name}/{tensor.name}": parity.tolerance(f"{name}/{tensor.name}", golden[f"{name}/{tensor.name}"], precision)
@@ -96,7 +98,7 @@ def build(
     if calibration is not None and calibration.conformal is not None:
         contents[calibration.conformal.file] = archive.dump(calibration.scores)
     impact, effect_of_missing = None, None
-    if for_serving:
+    if explaining is not None:
         impact, impact_table = saliency.build(run, explaining.module, table)
         contents[impact.file] = archive.dump(impact_table.arrays())
         known = missing_genes.Graphs(sessions, signatures, levels[0].name if levels else None)
