@@ -13,10 +13,9 @@ import pyarrow as pa
 import pytest
 import scipy.sparse as sp
 
-from service.contract.store import Store
 from tests.builders import arrow_body, counts, gene_table, write_artifact
 from tests.container.container import URL, Container, engine, image, image_config, running
-from tests.end_to_end.conftest import STORE
+from tests.end_to_end.conftest import STORE, VERSION
 from tests.end_to_end.server import ROOT, running_server
 from training.data import registry
 
@@ -65,7 +64,7 @@ def test_image_says_what_it_is() -> None:
     assert labels["org.opencontainers.image.licenses"] == "Apache-2.0"
     assert re.fullmatch(r"\d+\.\d+\.\d+", labels["org.opencontainers.image.version"])
     assert re.fullmatch(r"[0-9a-f]{40}", labels["org.opencontainers.image.revision"])
-    assert str(Store(STORE).resolve("pbmc")) in labels["cellserve.models"].split(",")
+    assert f"pbmc@{VERSION}" in labels["cellserve.models"].split(",")
     assert config["User"] == "10001:10001"
     assert config["StopSignal"] in ("SIGTERM", "15")
     assert config["Entrypoint"][:2] == ["/usr/bin/tini", "--"]
@@ -123,7 +122,9 @@ def outside() -> Iterator[str]:
 
 def test_metrics(container: Container, cells: tuple[sp.csr_matrix, tuple[str, ...]]) -> None:
     """/metrics counts the cells answered."""
-    name = re.compile(r'^cellserve_cells_total\{model="pbmc",task="embed",version="1"\} (\S+)$', re.MULTILINE)
+    name = re.compile(
+        rf'^cellserve_cells_total\{{model="pbmc",task="embed",version="{VERSION}"\}} (\S+)$', re.MULTILINE
+    )
     with container.network():
         before = httpx.get(URL + "/metrics").text
         assert post("embed", arrow_body(cells[0][:7], cells[1])).status_code == 200
