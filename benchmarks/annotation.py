@@ -208,7 +208,7 @@ def medians(unseen: list[dict[str, dict[str, float]]]) -> dict[str, Any]:
         }
         for group, names in groups.items()
     }
-    return {"types": types, "median": over}
+    return {"types": types, "over_types": over}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -21,7 +21,7 @@ def confidence() -> str:
 
 
 def _labels(*figures: str) -> str:
-    found = _read("annotation")
+    found = {name: one for name, one in _read("annotation").items() if "labels" in one}
     methods = list(dict.fromkeys(method for one in found.values() for method in one["labels"]))
     rows = []
     for name, one in found.items():
@@ -46,7 +46,7 @@ def _seeds(found: dict[str, Any]) -> str:
 
 def prediction_sets() -> str:
     """Coverage and mean size at each asked coverage, where reference and query are of one population."""
-    found = {name: one for name, one in _read("annotation").items() if one["is_drawn"]}
+    found = {name: one for name, one in _read("annotation").items() if one.get("is_drawn")}
     asked = [
         name.removeprefix("coverage at ") for name in next(iter(found.values()))["prediction_sets"] if "cov" in name
     ]
@@ -71,10 +71,10 @@ def unknown() -> str:
     for name, one in _read("annotation").items():
         if "unknown" not in one:
             continue
-        methods = list(one["unknown"]["median"]["all types"])
+        methods = list(one["unknown"]["over_types"]["all types"])
         parts = {
             **one["unknown"]["types"],
-            **{f"**median, {group}**": m for group, m in one["unknown"]["median"].items()},
+            **{f"**median, {group}**": m for group, m in one["unknown"]["over_types"].items()},
         }
         rows += [
             (name, part, *(f"{values[method]['median']:.3f}" if method in values else "" for method in methods))
