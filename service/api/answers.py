@@ -39,7 +39,7 @@ async def run_whole(
         RequestTimeout: a chunk took too long.
     """
     parts, n_left = [], int(counts.shape[0])
-    async with contextlib.aclosing(app.run(work, counts, Timing(), deadline)) as chunks:  # type: ignore[type-var]
+    async with contextlib.aclosing(app.run(work, counts, Timing(), deadline)) as chunks:
         while n_left:
             columns = await next_chunk(chunks, min(app.timeout_seconds, max(0.0, deadline - time.monotonic())))
             n_left -= n_cells(columns)

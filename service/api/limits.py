@@ -2,7 +2,7 @@
 
 import asyncio
 import re
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import IO
@@ -39,7 +39,7 @@ class Intake:
     _n_bytes: int = 0
 
     @asynccontextmanager
-    async def body(self, request: Request, encodings: tuple[str, ...] = ()) -> AsyncIterator[bytes]:
+    async def body(self, request: Request, encodings: tuple[str, ...] = ()) -> AsyncGenerator[bytes]:
         """The whole body as sent; its bytes count as held until the block is left.
 
         Args:

@@ -240,7 +240,7 @@ async def _run(app: State, work: Work, query: Query, timing: Timing, deadline: f
     parts: list[Columns] = []
     n_left = query.counts.shape[0]
     runs = app.progress.follow(work, n_left, app.run(work, query.counts, timing, deadline))
-    async with contextlib.aclosing(runs) as chunks:  # type: ignore[type-var]
+    async with contextlib.aclosing(runs) as chunks:
         while n_left:
             left = max(0.0, deadline - time.monotonic()) if not parts else math.inf
             parts.append(await next_chunk(chunks, min(app.timeout_seconds, left)))

@@ -4,7 +4,7 @@ import contextlib
 import time
 import weakref
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncGenerator, Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -78,21 +78,21 @@ class Progress:
         self._running[watched.request_id] = watched
         return watched
 
-    def follow(self, work: Work, n_rows: int, chunks: AsyncIterator[Columns]) -> AsyncIterator[Columns]:
+    def follow(self, work: Work, n_rows: int, chunks: AsyncGenerator[Columns]) -> AsyncGenerator[Columns]:
         """The same chunks, counted; not those of a short request, which is answered before anybody could ask."""
         return chunks if n_rows <= SHORT_ROWS else self._counted(self.begin(work, n_rows), chunks)
 
-    async def until_end(self, watched: Watched, pieces: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+    async def until_end(self, watched: Watched, pieces: AsyncGenerator[bytes]) -> AsyncGenerator[bytes]:
         """The same pieces of an answer; it is done when they end."""
         with self._ending(watched):
-            async with contextlib.aclosing(pieces):  # type: ignore[type-var]
+            async with contextlib.aclosing(pieces):
                 async for piece in pieces:
                     yield piece
             self._end(watched, "done")
 
-    async def _counted(self, watched: Watched, chunks: AsyncIterator[Columns]) -> AsyncIterator[Columns]:
+    async def _counted(self, watched: Watched, chunks: AsyncGenerator[Columns]) -> AsyncGenerator[Columns]:
         with self._ending(watched):
-            async with contextlib.aclosing(chunks):  # type: ignore[type-var]
+            async with contextlib.aclosing(chunks):
                 async for columns in chunks:
                     watched.n_answered += n_cells(columns)
                     if watched.n_answered == watched.n_cells:

@@ -1,7 +1,7 @@
 """What endpoints share: built once in app.py, handed down through the application's state."""
 
 import math
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, cast
@@ -62,7 +62,7 @@ class State:
 
     def run(
         self, work: Work, counts: sp.csr_matrix, timing: Timing, deadline: float = math.inf
-    ) -> AsyncIterator[Columns]:
+    ) -> AsyncGenerator[Columns]:
         """As `Batcher.run`, at the cost of the client whose request this is, and from the cache where there is one."""
         charge = self.budgets.charge_to_current() if self.budgets is not None else None
         return (self.cached or self.batcher).run(work, counts, timing, deadline, charge)

@@ -6,7 +6,7 @@ that does not read wait for each other. Reading stops while the answer is not re
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
 
 from starlette.requests import Request
 from starlette.responses import Response
@@ -26,13 +26,13 @@ N_AHEAD = 2
 """Pieces that are read ahead of the one that runs."""
 
 Read = Callable[[bytes], Awaitable[Query]]
-Run = Callable[[Query], AsyncIterator[Columns]]
+Run = Callable[[Query], AsyncGenerator[Columns]]
 
 
 class DuplexResponse(Response):
     """Sends pieces as they are made. Starlette's own listens for the client's leave meanwhile, and would eat the body."""
 
-    def __init__(self, first: bytes, rest: AsyncIterator[bytes], media_type: str, headers: dict[str, str]) -> None:
+    def __init__(self, first: bytes, rest: AsyncGenerator[bytes], media_type: str, headers: dict[str, str]) -> None:
         super().__init__(media_type=media_type, headers=headers)
         del self.headers["content-length"]
         self._first, self._rest = first, rest
@@ -41,7 +41,7 @@ class DuplexResponse(Response):
         """Send all of it."""
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
         await send({"type": "http.response.body", "body": self._first, "more_body": True})
-        async with contextlib.aclosing(self._rest):  # type: ignore[type-var]
+        async with contextlib.aclosing(self._rest):
             async for piece in self._rest:
                 await send({"type": "http.response.body", "body": piece, "more_body": True})
         await send({"type": "http.response.body", "body": b"", "more_body": False})
@@ -74,7 +74,7 @@ async def streamed(
 
 async def _answers(
     app: State, request: Request, read: Read, run: Run, head: Callable[[Query], dict[str, object]]
-) -> AsyncIterator[bytes]:
+) -> AsyncGenerator[bytes]:
     waiting: asyncio.Queue[tuple[Query | BaseException | None, int]] = asyncio.Queue(N_AHEAD)
     producer = asyncio.create_task(_produce(app, request, read, waiting))
     writer: ArrowWriter | None = None

@@ -5,7 +5,7 @@ import contextlib
 import math
 import re
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
 
 from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
@@ -183,12 +183,12 @@ async def _stream(app: State, request: Request, work: Work, body_type: Format, a
         watched.n_received += query.counts.shape[0]
         return query
 
-    async def run(query: Query) -> AsyncIterator[Columns]:
+    async def run(query: Query) -> AsyncGenerator[Columns]:
         timing = Timing()
         if app.budgets is not None and watched.n_answered:
             await app.budgets.wait(app.timeout_seconds)
         for_cells = query.counts.shape[0]
-        async with contextlib.aclosing(app.run(work, query.counts, timing)) as chunks:  # type: ignore[type-var]
+        async with contextlib.aclosing(app.run(work, query.counts, timing)) as chunks:
             while for_cells:
                 columns = await next_chunk(chunks, app.timeout_seconds)
                 observe_answers(work.model, columns)
@@ -245,13 +245,13 @@ async def _pieces(
     seconds: dict[str, float],
     timing: Timing,
     columns: Columns,
-    chunks: AsyncIterator[Columns],
-) -> AsyncIterator[bytes]:
+    chunks: AsyncGenerator[Columns],
+) -> AsyncGenerator[bytes]:
     """The bytes of the answer, one piece per chunk; `columns` is the first."""
     serialise_seconds, position, began = 0.0, 0, time.monotonic()
     lead = writer.start(query.head(work.model, work.task, work.options, request_id.current.get()))
     # Nobody asks for the end after the last chunk, and what is left to the garbage is closed by a task of its own.
-    async with contextlib.aclosing(chunks):  # type: ignore[type-var]
+    async with contextlib.aclosing(chunks):
         while True:
             started = time.perf_counter()
             stop = position + n_cells(columns)
@@ -273,7 +273,7 @@ async def _pieces(
             columns = await next_chunk(chunks, app.timeout_seconds)
 
 
-async def next_chunk(chunks: AsyncIterator[Columns], limit_seconds: float) -> Columns:
+async def next_chunk(chunks: AsyncGenerator[Columns], limit_seconds: float) -> Columns:
     """The next chunk of an answer.
 
     Raises:

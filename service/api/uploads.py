@@ -7,7 +7,7 @@ import tempfile
 import threading
 import time
 import weakref
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -90,7 +90,7 @@ class Uploads:
                 yield query, until_queue(began, received, {"parse": time.monotonic() - received})
 
     async def respond(
-        self, pieces: AsyncIterator[bytes], headers: dict[str, str], media_type: str, limit_seconds: float
+        self, pieces: AsyncGenerator[bytes], headers: dict[str, str], media_type: str, limit_seconds: float
     ) -> Response:
         """The file that is made of the pieces of an answer, when all have come.
 

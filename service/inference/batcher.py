@@ -9,7 +9,7 @@ import contextlib
 import math
 import time
 from collections import defaultdict, deque
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncGenerator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
@@ -176,7 +176,7 @@ class Batcher:
         timing: Timing | None = None,
         deadline: float = math.inf,
         charge: Callable[[float], None] | None = None,
-    ) -> AsyncIterator[Columns]:
+    ) -> AsyncGenerator[Columns]:
         """Queue cells and give their answer chunk by chunk, in order. Leaving the iteration takes the rest out of the queue.
 
         Args:

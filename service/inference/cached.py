@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import math
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
 from concurrent.futures import Executor
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -43,7 +43,7 @@ class CachedRuns:
         timing: Timing,
         deadline: float = math.inf,
         charge: Callable[[float], None] | None = None,
-    ) -> AsyncIterator[Columns]:
+    ) -> AsyncGenerator[Columns]:
         """As `Batcher.run`, which gets only the cells that the cache does not know; `timing` says how many it knew."""
         started = time.perf_counter()
         n_rows = int(counts.shape[0])
@@ -62,7 +62,7 @@ class CachedRuns:
             if timing.n_hits:
                 unknown = await self._aside(counts.data.nbytes, _rows, counts, missing)
             runs = self.batcher.run(work, unknown, timing, deadline, charge)
-            async with contextlib.aclosing(runs) as chunks:  # type: ignore[type-var]
+            async with contextlib.aclosing(runs) as chunks:
                 async for columns in chunks:
                     if layout is None:
                         layout = Layout.of(columns)

@@ -19,7 +19,7 @@ from training.config import Config
 from training.data.prepared import Prepared, prepare
 from training.data.splits import CALIBRATION, TRAIN, VALIDATION, Split
 from training.evaluation.cells import read
-from training.families.family import Family
+from training.families.family import Family, Graph
 from training.run import Run
 
 MIN_CELLS = 10
@@ -182,9 +182,9 @@ def candidates(
     return found
 
 
-def _values(graphs: Mapping[str, object], name: str, arrays: Arrays, counts: sp.csr_matrix) -> NDArray[np.float32]:
-    module = SCORES[name].build(graphs, arrays).eval()  # type: ignore[arg-type]
-    known = {"counts": counts, "latent": over_rows(graphs["encode"].module, (counts,))}  # type: ignore[attr-defined]
+def _values(graphs: Mapping[str, Graph], name: str, arrays: Arrays, counts: sp.csr_matrix) -> NDArray[np.float32]:
+    module = SCORES[name].build(graphs, arrays).eval()
+    known = {"counts": counts, "latent": over_rows(graphs["encode"].module, (counts,))}
     return over_rows(module, tuple(known[tensor] for tensor in module.inputs))
 
 

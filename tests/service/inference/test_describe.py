@@ -25,7 +25,7 @@ def bits(column: object) -> bytes:
     """All that a column holds."""
     if isinstance(column, Labels | LabelLists):
         return column.codes.tobytes() + "|".join(column.words).encode()
-    return np.ascontiguousarray(column.values).tobytes()  # type: ignore[attr-defined]
+    return np.ascontiguousarray(column.values).tobytes()
 
 
 def same(found: Columns, parts: dict[str, Columns]) -> set[str]:
