@@ -4,11 +4,11 @@
     python -m benchmarks.embed_servers --genes 2000           # one size; the others stay in the result as they were
 
 All sides run the same network on the same real cells (workload.py). The servers are started once per size and asked in turns, in rounds,
-while the others are idle; clients share the CPUs with the server that they ask, and have one request at a time each. Timed is what a
-client waits for: sending a request that was prepared beforehand, reading the whole answer and making it an array (servers/clients.py).
-The other servers get dense matrices and are spared the work of making them. scvi-tools has all cells in memory, pays for no HTTP, and
-counts with its best minibatch size. One cell is asked for at a fixed rate, whether or not the last answer has come (open loop); its time
-counts from when it was due.
+while the others are stopped (SIGSTOP); clients share the CPUs with the server that they ask, and have one request at a time each. Timed is
+what a client waits for: sending a request that was prepared beforehand, reading the whole answer and making it an array
+(servers/clients.py). The other servers get dense matrices and are spared the work of making them. scvi-tools has all cells in memory,
+pays for no HTTP, and counts with its best minibatch size. One cell is asked for at a fixed rate, whether or not the last answer has come
+(open loop); its time counts from when it was due.
 
 With --provider cuda all sides run on the GPU (environments with onnxruntime-gpu, and a torch with CUDA); the result goes to
 embed_servers_cuda.json. cellserve runs graphs by plain session.run there, without IO binding or pinned buffers.
@@ -36,7 +36,7 @@ from rich.table import Table
 from benchmarks.machine import machine
 from benchmarks.servers.clients import SIDES, Ask, Connect, Latent
 from benchmarks.servers.served import Running, Served
-from benchmarks.servers.start import SERVERS, memory
+from benchmarks.servers.start import SERVERS, memory, paused
 from benchmarks.workload import DATA, N_LATENT, NAME, ROOT, SCVI_PYTHON, Workload, workload
 
 CELLS = 256
@@ -160,15 +160,17 @@ def measure_size(n_genes: int, options: argparse.Namespace) -> dict[str, Any]:
         for turn in range(options.rounds):
             for side, connect in bulk.items():
                 port = servers[SIDES[side][0]].port
-                for n_clients in CLIENTS:
-                    note(side, f"{n_clients}_clients", throughput(connect, port, n_clients, options.seconds))
-                spent = latencies(single[side], port, options.rate, options.latency_seconds)
+                with paused(server.pid for server in servers.values() if server.port != port):
+                    for n_clients in CLIENTS:
+                        note(side, f"{n_clients}_clients", throughput(connect, port, n_clients, options.seconds))
+                    spent = latencies(single[side], port, options.rate, options.latency_seconds)
                 note(side, "p50_ms", float(np.quantile(spent, 0.5)))
                 note(side, "p99_ms", float(np.quantile(spent, 0.99)))
             # The best size shows in the first round; after it only the best two go on.
             best = sorted(scvi, key=lambda size: -statistics.median(scvi[size])) if turn else list(scvi)
-            for size in best[:2] if turn else best:
-                scvi[size].append(ask_scvi(size, options.seconds))
+            with paused(server.pid for server in servers.values()):
+                for size in best[:2] if turn else best:
+                    scvi[size].append(ask_scvi(size, options.seconds))
         in_memory = {name: memory(server.pid)["pss"] for name, server in servers.items()}
     n_rounds = max(map(len, scvi.values()))
     in_full = {size: statistics.median(values) for size, values in scvi.items() if len(values) == n_rounds}

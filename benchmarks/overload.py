@@ -12,6 +12,9 @@ the model's genes each, drawn from real cells): the encoder's work is that of an
 megabytes a second and a few hundred requests, so that it is the server's refusals that are tested and not the loopback device. --nonzero 0
 sends whole cells. The generator is kept on one CPU and below the server's priority (nice 5, a third of its weight): it runs when it must
 and is not what slows the server down. `offered` says whether it did reach the rate, `late_ms_p99` how late it was.
+
+Making, sending and receiving such a load costs a machine this small a large part of its CPUs, whatever the server does with it. So the
+capacity is also measured while the same load goes to another server that does nothing but refuse (refuser.py).
 """
 
 import argparse
@@ -21,6 +24,7 @@ import os
 import signal
 import statistics
 import sys
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable
@@ -39,12 +43,13 @@ from benchmarks.embed_http import query_cells
 from benchmarks.machine import machine
 from benchmarks.raw_http import Answer, AnswerParser, request
 from benchmarks.servers.clients import ARROW
+from benchmarks.servers.start import running
 from service.client import bodies
 from service.contract import artifact
 from service.contract.store import Store
 from service.inference.model import load
 from service.inference.session import choose_runtime
-from tests.end_to_end.server import ROOT, Server
+from tests.end_to_end.server import ROOT, Server, free_port
 
 RESULT = Path(__file__).with_suffix(".json")
 TIMES = 10
@@ -250,14 +255,28 @@ async def sample_memory(pid: int, samples: list[tuple[float, int]]) -> None:
         await asyncio.sleep(1)
 
 
-async def measure(server: Server, options: argparse.Namespace) -> dict[str, Any]:
-    """Capacity, then the overload."""
+async def capacity_beside(
+    pool: Pool, refusing: Pool, requests: list[bytes], options: argparse.Namespace, rate: float
+) -> float:
+    """Capacity while others send `rate` requests a second to a server that refuses them all."""
+    seen = Seen(options.deadline)
+    load = at_rate(
+        rate, options.capacity_seconds, lambda number, due: seen.ask(refusing, requests[number % len(requests)], due)
+    )
+    found, _ = await asyncio.gather(capacity(pool, requests, options.cells, options.capacity_seconds), load)
+    assert set(seen.outcomes) == {"429 with Retry-After"}, seen.outcomes
+    return found
+
+
+async def measure(server: Server, refusing: Pool, options: argparse.Namespace) -> dict[str, Any]:
+    """Capacity, by itself and beside a load that others refuse; then the overload."""
     assert server.process is not None
     requests, person = make_requests(options.cells, options.nonzero, options.deadline)
     pool = Pool(server.port)
     await capacity(pool, requests, options.cells, min(3.0, options.seconds))
     bearable = await capacity(pool, requests, options.cells, options.capacity_seconds)
     rate = options.times * bearable / options.cells
+    beside = await capacity_beside(pool, refusing, requests, options, rate)
     bulk, people = Seen(options.deadline), Seen(options.deadline)
     samples: list[tuple[float, int]] = []
     sampler = asyncio.create_task(sample_memory(server.process.pid, samples))
@@ -279,10 +298,11 @@ async def measure(server: Server, options: argparse.Namespace) -> dict[str, Any]
         "cells_per_request": options.cells,
         "nonzero_per_cell": options.nonzero,
         "request_bytes": len(requests[0]),
-        "capacity_cells_per_second": {"before": round(bearable), "after": round(after)},
+        "capacity_cells_per_second": {"before": round(bearable), "after": round(after), "beside_load": round(beside)},
         "offered_cells_per_second": round(options.cells * bulk.sent / spent),
         "goodput_cells_per_second": round(goodput),
         "goodput_to_capacity": round(goodput / bearable, 3),
+        "goodput_to_capacity_beside_load": round(goodput / beside, 3),
         "overload": bulk.summary(),
         "single_cells": people.summary(),
         "memory_mb": {
@@ -307,12 +327,15 @@ def main() -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that `timeout` leaves no server behind
     about = {"machine": machine()}  # before the affinity changes, which it counts
     server = Server(ROOT / "models_store", CELLSERVE_LOG_LEVEL="WARNING")
+    port = free_port()
+    command = [sys.executable, "-m", "benchmarks.refuser", str(port)]
     try:
         server.start().wait_until_ready()
-        # After the server has started, which would inherit both.
-        os.nice(NICE)
-        os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
-        result = about | uvloop.run(measure(server, options))
+        with tempfile.TemporaryDirectory() as folder, running(command, dict(os.environ), port, "/", Path(folder)):
+            # After the servers have started, which would inherit both.
+            os.nice(NICE)
+            os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
+            result = about | uvloop.run(measure(server, Pool(port), options))
         server.stop()
     finally:
         server.close()

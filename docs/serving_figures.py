@@ -111,6 +111,7 @@ def overload() -> str:
     """benchmarks/overload.json, which `make bench-overload` writes."""
     result = json.loads((ROOT / "benchmarks/overload.json").read_text())
     bulk, single, memory = result["overload"], result["single_cells"], result["memory_mb"]
+    capacity = result["capacity_cells_per_second"]
     outcomes = "; ".join(f"{name}: {number:,}" for name, number in sorted(bulk["outcomes"].items()))
     retry_after = bulk["retry_after_seconds"]
     rows = [
@@ -119,13 +120,13 @@ def overload() -> str:
             f"{result['seconds']:g}; {result['cells_per_request']:,}; {result['deadline_seconds']:g}",
         ),
         (
-            "cells/s: capacity before and after; offered",
-            f"{result['capacity_cells_per_second']['before']:,}, {result['capacity_cells_per_second']['after']:,}; "
-            f"{result['offered_cells_per_second']:,}",
+            "cells/s: capacity before and after; beside the same load on a server that only refuses; offered",
+            f"{capacity['before']:,}, {capacity['after']:,}; {capacity['beside_load']:,}; {result['offered_cells_per_second']:,}",
         ),
         (
-            "goodput, cells/s; share of capacity",
-            f"{result['goodput_cells_per_second']:,}; {result['goodput_to_capacity']:.2f}",
+            "goodput, cells/s; share of capacity; of capacity beside that load",
+            f"{result['goodput_cells_per_second']:,}; {result['goodput_to_capacity']:.2f}; "
+            f"{result['goodput_to_capacity_beside_load']:.2f}",
         ),
         ("requests by outcome", outcomes),
         ("Retry-After, seconds", f"{min(retry_after)} to {max(retry_after)}" if retry_after else "none"),

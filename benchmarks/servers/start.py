@@ -12,7 +12,7 @@ import signal
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ import psutil
 
 from benchmarks.raw_http import wait_until_ready
 from benchmarks.servers.served import Running, Served
-from tests.end_to_end.server import Server, free_port
+from tests.end_to_end.server import Server, free_port, free_ports
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -68,7 +68,7 @@ def plain_bentoml(served: Served) -> Iterator[Running]:
 @contextmanager
 def mlserver(served: Served) -> Iterator[Running]:
     """MLServer with the runtime of mlserver_runtime.py; REST only, without worker processes, as it is fastest for a small model."""
-    port, grpc_port, metrics_port = free_port(), free_port(), free_port()
+    port, grpc_port, metrics_port = free_ports(3)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         settings = {
@@ -179,8 +179,24 @@ def end(process: "subprocess.Popen[bytes]") -> None:
     process.wait(5)
 
 
+@contextmanager
+def paused(pids: Iterable[int]) -> Iterator[None]:
+    """Stop processes and their children while another is measured: servers that have nothing to do wake up now and then, and it shows."""
+    processes = [process for pid in pids for process in _family(pid)]
+    for process in processes:
+        process.suspend()
+    try:
+        yield
+    finally:
+        for process in processes:
+            process.resume()
+
+
+def _family(pid: int) -> list[psutil.Process]:
+    return [psutil.Process(pid), *psutil.Process(pid).children(recursive=True)]
+
+
 def memory(pid: int) -> dict[str, int]:
     """Bytes of a process and its children: resident, and with shared pages divided among those who share them."""
-    processes = [psutil.Process(pid), *psutil.Process(pid).children(recursive=True)]
-    found = [process.memory_full_info() for process in processes]
+    found = [process.memory_full_info() for process in _family(pid)]
     return {"rss": sum(one.rss for one in found), "pss": sum(one.pss for one in found)}

@@ -141,14 +141,19 @@ class Session:
         options.intra_op_num_threads = 1
         options.inter_op_num_threads = 1
         options.use_deterministic_compute = True
-        # The arena keeps its peak for ever, which is small here; without it each operator's output is mapped and unmapped anew.
-        options.enable_cpu_mem_arena = True
+        _share_arena()
+        options.add_session_config_entry("session.use_env_allocators", "1")
+        # Weights stay out of the arena, which gives nothing back: they go with their session.
+        options.add_session_config_entry("session.use_device_allocator_for_initializers", "1")
         options.log_severity_level = 3
         provider = _PROVIDERS[runtime.provider]
         try:
             self._session = ort.InferenceSession(content, options, providers=[provider])
         except Exception as error:  # ONNX Runtime has no base class for its errors
             raise InvalidArtifact(path=path, problem=f"ONNX Runtime refuses it: {str(error)[:300]}") from None
+        # ONNX Runtime's Python class would keep the file's bytes, to begin anew with another provider.
+        self._session.disable_fallback()
+        vars(self._session).pop("_model_bytes", None)
         if provider not in self._session.get_providers():
             raise ProviderUnavailable(
                 asked=runtime.provider,
@@ -287,6 +292,17 @@ class Session:
         outputs = self.run({name: array[order] for name, array in inputs.items()})
         first = {name: array[np.argsort(order, kind="stable")[::shape]] for name, array in outputs.items()}
         return first if _same_bits(outputs, {name: array[order] for name, array in first.items()}) else None
+
+
+@cache
+def _share_arena() -> None:
+    """Let all sessions of this process take what their operators need from one place.
+
+    An arena keeps its peak for ever, and each session would have one of its own. Without any, each operator's output would be mapped and
+    unmapped anew.
+    """
+    memory = ort.OrtMemoryInfo("Cpu", ort.OrtAllocatorType.ORT_ARENA_ALLOCATOR, 0, ort.OrtMemType.DEFAULT)
+    ort.create_and_register_allocator(memory, ort.OrtArenaCfg({}))
 
 
 def _partly() -> ort.RunOptions:
