@@ -5,6 +5,7 @@ from pathlib import Path
 
 from service.contract import artifact
 from service.contract.store import DEFAULT, ModelId, Store
+from service.errors import VersionExists
 from service.inference import model as serving
 from service.inference.session import Runtime
 from training import card, card_page, reference_space
@@ -48,6 +49,8 @@ def export(
     store = Store(root)
     name = variant_name(run.config.name, precision)
     version = version or next_version(store, name)
+    if (path := store.path(ModelId(name, version))).exists():  # said before minutes of work
+        raise VersionExists(path=str(path))
     with tempfile.TemporaryDirectory() as scratch:
         # Proved elsewhere first, so that a failure leaves nothing in the store.
         manifest, contents = build(run, version, precision)

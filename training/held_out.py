@@ -6,7 +6,6 @@ from dataclasses import dataclass
 import numpy as np
 import scipy.sparse as sp
 from numpy.typing import NDArray
-from sklearn.metrics import f1_score
 
 from service.inference.annotate import best_classes
 from service.inference.model import Model
@@ -93,5 +92,9 @@ def intervals(truth: NDArray[np.int64], answers: NDArray[np.int64]) -> tuple[Int
 
 
 def macro_f1(truth: NDArray[np.int64], answers: NDArray[np.int64]) -> float:
-    """Over the classes that the cells have."""
-    return float(f1_score(truth, answers, average="macro", labels=np.unique(truth), zero_division=0.0))
+    """Over the classes that the cells have: scikit-learn's `f1_score`, which would take most of an export for a thousand draws."""
+    n_classes = 1 + int(max(truth.max(), answers.max()))
+    hits = truth[truth == answers]
+    n_hits, n_true, n_said = (np.bincount(codes, minlength=n_classes) for codes in (hits, truth, answers))
+    is_there = n_true > 0
+    return float((2 * n_hits[is_there] / (n_true + n_said)[is_there]).mean())

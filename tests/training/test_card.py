@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from sklearn.metrics import confusion_matrix
+from sklearn.metrics import confusion_matrix, f1_score
 
 from service.contract import artifact
 from service.inference import model as serving
@@ -74,3 +74,12 @@ def test_intervals() -> None:
     few, _ = held_out.intervals(truth[40:120], wrong[40:120])
     assert few.high - few.low > accuracy.high - accuracy.low
     assert held_out.intervals(truth, truth)[0] == held_out.Interval(1.0, 1.0, 1.0)
+
+
+def test_macro_f1_is_scikit_learns() -> None:
+    """Also for classes that no cell has, or that are never answered."""
+    generator = np.random.default_rng(0)
+    for n_cells, n_true, n_said in ((1, 1, 3), (40, 3, 7), (40, 7, 3), (500, 12, 12)):
+        truth, answers = generator.integers(n_true, size=n_cells), generator.integers(n_said, size=n_cells)
+        expected = f1_score(truth, answers, average="macro", labels=np.unique(truth), zero_division=0.0)
+        assert held_out.macro_f1(truth, answers) == pytest.approx(expected)

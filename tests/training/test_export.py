@@ -85,12 +85,12 @@ def test_graphs_say_nothing_of_this_machine(exported: Path) -> None:
 
 
 def test_an_export_outside_the_tolerance_leaves_nothing(
-    family_run: FamilyRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_run: run.Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The output, the difference and the tolerance are named."""
     monkeypatch.setitem(parity.ABSOLUTE, "latent", 1e-12)
     with pytest.raises(parity.OutsideTolerance, match=r"encode/latent differs by .* 1e-12 is allowed"):
-        exporting.export(family_run[0], tmp_path)
+        exporting.export(tiny_run, tmp_path)
     assert not list(tmp_path.iterdir())
 
 
@@ -100,24 +100,23 @@ def test_nan_is_outside_every_tolerance() -> None:
         parity.compare({"encode/latent": np.full((1, 1), np.nan)}, {"encode/latent": np.zeros((1, 1))})
 
 
-def test_a_version_too_large_is_refused(family_run: FamilyRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_version_too_large_is_refused(tiny_run: run.Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Before anything is written."""
     monkeypatch.setattr(exporting, "MAX_BYTES", 1000)
     with pytest.raises(exporting.ArtifactTooLarge, match="1,000 are allowed"):
-        exporting.export(family_run[0], tmp_path)
+        exporting.export(tiny_run, tmp_path)
     assert not list(tmp_path.iterdir())
 
 
-def test_versions_count_up_and_the_first_is_the_default(family_run: FamilyRun, tmp_path: Path) -> None:
+def test_versions_count_up_and_the_first_is_the_default(tiny_run: run.Run, tmp_path: Path) -> None:
     """Without a version the next integer is taken; only an alias that is asked for moves; a version is never replaced."""
-    made = family_run[0]
     store = Store(tmp_path)
-    assert [exporting.export(made, tmp_path).name for _ in range(2)] == ["1", "2"]
+    assert [exporting.export(tiny_run, tmp_path).name for _ in range(2)] == ["1", "2"]
     assert store.aliases("tiny") == {"default": "1"}
-    exporting.export(made, tmp_path, version="ten", alias="default")
+    exporting.export(tiny_run, tmp_path, version="ten", alias="default")
     assert store.aliases("tiny") == {"default": "ten"}
     with pytest.raises(VersionExists):
-        exporting.export(made, tmp_path, version="2")
+        exporting.export(tiny_run, tmp_path, version="2")
 
 
 def test_the_manifest_says_where_the_model_comes_from(exported: Path, family_run: FamilyRun) -> None:

@@ -10,15 +10,14 @@ from service.contract.manifest import QUANTILES
 from service.inference import model as serving
 from service.inference.session import Runtime
 from training import profile as module
-from training.export import export
 from training.profile import distribution, profile
 from training.run import Run
 
 
-def test_an_export_describes_its_reference(family_run: tuple[Run, Path], tmp_path: Path) -> None:
+def test_an_export_describes_its_reference(family_run: tuple[Run, Path], exported: Path) -> None:
     """Library sizes and labels are those of the training cells; confidence and entropy are probabilities of every held-out cell."""
     run: Run = family_run[0]
-    found = artifact.read(export(run, tmp_path)).manifest.profile
+    found = artifact.read(exported).manifest.profile
     library_size = np.asarray(run.prepared.train.counts.sum(axis=1)).ravel()
 
     assert found.n_cells == len(library_size)
@@ -38,10 +37,10 @@ def test_an_export_describes_its_reference(family_run: tuple[Run, Path], tmp_pat
         assert known.n_held_out == len(run.split.positions(run.reference, "test", "validation"))
 
 
-def test_some_of_many_cells(family_run: tuple[Run, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_some_of_many_cells(family_run: tuple[Run, Path], exported: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of a large reference some cells stand for all, and the pieces in which they run make no difference."""
     run: Run = family_run[0]
-    model = serving.load(artifact.read(export(run, tmp_path)), Runtime())
+    model = serving.load(artifact.read(exported), Runtime())
     whole = profile(run, model)
     monkeypatch.setattr(module, "ROWS", 7)
     assert profile(run, model) == whole
