@@ -220,6 +220,10 @@ class Seeds:
     scanvi_unknown: int
     """With which it is trained without each type in turn, too."""
 
+    def of(self, part: str) -> dict[str, int]:
+        """Of one of PARTS."""
+        return {"ours": self.ours, "scanvi": self.scanvi_unknown if part == "unknown" else self.scanvi}
+
 
 def measure_labels(name: str, seeds: Seeds, methods: dict[str, Method]) -> dict[str, Any]:
     """Labels, confidence and prediction sets of a setup."""
@@ -304,7 +308,8 @@ def main() -> int:
             warm(name, seeds, methods[SCANVI])
             continue
         found = [PARTS[part](name, seeds, methods) for part in options.parts]
-        known[name] = known.get(name, {}) | {"machine": machine(), "n_seeds": dataclasses.asdict(seeds)}
+        known[name] = known.get(name, {}) | {"machine": machine()}
+        known[name]["n_seeds"] = known[name].get("n_seeds", {}) | {part: seeds.of(part) for part in options.parts}
         known[name] |= {key: value for one in found for key, value in one.items()}
         options.output.write_text(json.dumps(known, indent=1, ensure_ascii=False) + "\n")
         show(name, known[name])

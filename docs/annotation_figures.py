@@ -28,20 +28,19 @@ def _labels(*figures: str) -> str:
         title = f"{name} ({one['cells']['reference']:,} → {one['cells']['query']:,} cells)"
         values = [[one["labels"].get(method, {}).get(figure) for figure in figures] for method in methods]
         rows.append((title, *(" / ".join(_median(*pair) for pair in zip(figures, row, strict=True)) for row in values)))
-    return table(("query", *methods), rows) + _seeds(found)
+    return table(("query", *methods), rows) + _seeds(found, "labels")
 
 
 def _median(figure: str, value: dict[str, Any] | None) -> str:
     return f"{value['median']:.{PLACES[figure]}f}" if value else ""
 
 
-def _seeds(found: dict[str, Any]) -> str:
-    seeds = {(one["n_seeds"]["ours"], one["n_seeds"]["scanvi"]) for one in found.values()}
+def _seeds(found: dict[str, Any], part: str) -> str:
+    seeds = {(one["n_seeds"][part]["ours"], one["n_seeds"][part]["scanvi"]) for one in found.values()}
     assert len(seeds) == 1, "the setups were measured with different seeds"
     ours, scanvi = seeds.pop()
-    return (
-        f"\nMedians of {ours} seeds, of {scanvi} for SCANVI.\n" if ours != scanvi else f"\nMedians of {ours} seeds.\n"
-    )
+    words = "One seed" if ours == 1 else f"Medians of {ours} seeds"
+    return f"\n{words}{'' if ours == scanvi else f', of {scanvi} for SCANVI'}.\n"
 
 
 def prediction_sets() -> str:
@@ -68,9 +67,8 @@ def unknown() -> str:
     """AUROC of telling cells of a type that a model never met, by type."""
     rows: list[tuple[str, ...]] = []
     methods: list[str] = []
-    for name, one in _read("annotation").items():
-        if "unknown" not in one:
-            continue
+    found = {name: one for name, one in _read("annotation").items() if "unknown" in one}
+    for name, one in found.items():
         methods = list(one["unknown"]["over_types"]["all types"])
         parts = {
             **one["unknown"]["types"],
@@ -80,7 +78,7 @@ def unknown() -> str:
             (name, part, *(f"{values[method]['median']:.3f}" if method in values else "" for method in methods))
             for part, values in parts.items()
         ]
-    return table(("cells", "type left out", *methods), rows)
+    return table(("cells", "type left out", *methods), rows) + _seeds(found, "unknown")
 
 
 def concurrent() -> str:

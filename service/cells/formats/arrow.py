@@ -27,6 +27,7 @@ _NUMPY = {
 }
 _ARROW = {np.dtype(np.float32): pa.float32(), np.dtype(np.int32): pa.int32()}
 _OPTIONS = pa.ipc.IpcWriteOptions()
+_BUFFER_BYTES = 2**17
 """Arrow's own; without any it looks for some in the environment, each time."""
 
 GENES_KEY = b"genes"
@@ -205,6 +206,8 @@ class ArrowWriter:
     def __init__(self) -> None:
         self._head = b""
         self._sink = io.BytesIO()
+        # Arrow writes in small pieces, and for each it would wait for the interpreter's lock, which the threads that compute want as well.
+        self._buffer = pa.BufferedOutputStream(pa.PythonFile(self._sink, mode="w"), _BUFFER_BYTES)
         self._writer: pa.RecordBatchWriter | None = None
 
     def start(self, head: dict[str, Any]) -> bytes:
@@ -233,7 +236,7 @@ class ArrowWriter:
         schema = pa.schema(fields, metadata={"cellserve": self._head})
         if self._writer is None:
             self._schema = schema
-            self._writer = pa.ipc.new_stream(self._sink, schema, options=_OPTIONS)
+            self._writer = pa.ipc.new_stream(self._buffer, schema, options=_OPTIONS)
         self._writer.write_batch(pa.record_batch(arrays, schema=schema))
         return self._drained()
 
@@ -252,6 +255,7 @@ class ArrowWriter:
         return self._drained()
 
     def _drained(self) -> bytes:
+        self._buffer.flush()
         content = self._sink.getvalue()
         self._sink.seek(0)
         self._sink.truncate()
