@@ -162,7 +162,7 @@ def test_orphans_are_reaped(container: Container) -> None:
 @pytest.mark.parametrize("signal", ["TERM", "INT"])
 def test_stop_with_requests_in_flight(cells: tuple[sp.csr_matrix, tuple[str, ...]], signal: str) -> None:
     """What has begun completes, nothing new is let in, and the exit is clean and within the grace time."""
-    body = arrow_body(cells[0][:600], cells[1])
+    body = arrow_body(cells[0][:1200], cells[1])
     answers: list[httpx.Response] = []
     failures: list[str] = []
 
@@ -179,9 +179,9 @@ def test_stop_with_requests_in_flight(cells: tuple[sp.csr_matrix, tuple[str, ...
                 thread.start()
             in_flight = re.compile(r"^cellserve_requests_in_flight (\S+)$", re.MULTILINE)
             deadline = time.monotonic() + 20
-            # This request is one of those in flight itself.
+            # This request is one of those in flight itself. On a busy machine the first may end before the last begins.
             while (
-                float(in_flight.search(httpx.get(URL + "/metrics", timeout=20).text)[1]) < 6
+                float(in_flight.search(httpx.get(URL + "/metrics", timeout=20).text)[1]) < 4
                 and time.monotonic() < deadline
             ):
                 pass
