@@ -5,6 +5,7 @@ import logging
 import warnings
 from typing import Literal
 
+import numpy as np
 import onnx
 import torch
 from onnx import TensorProto, helper, numpy_helper
@@ -22,6 +23,9 @@ OPSET = 18
 PRODUCER = "cellserve"
 Precision = Literal["float32", "int8"]
 _TRACED_CELLS = 10_007
+_VECTOR = 16
+"""Numbers in the longest vectors that a CPU adds up at a time."""
+
 _DTYPES = {TensorProto.FLOAT: "float32", TensorProto.INT64: "int64"}
 
 
@@ -56,6 +60,7 @@ def to_onnx(graph: Graph, example: dict[str, torch.Tensor]) -> bytes:
     strip(model)
     if graph.takes_gradient:
         _share_transposed(model.graph)
+    _align_sums(model)
     onnx.checker.check_model(model, full_check=True)
     # Deterministic, so that fields of map type come in one order.
     return model.SerializeToString(deterministic=True)
@@ -107,6 +112,44 @@ def _share_transposed(graph: onnx.GraphProto) -> None:
     del graph.node[:], graph.initializer[:]
     graph.node.extend(nodes)
     graph.initializer.extend(initializers)
+
+
+def _align_sums(model: onnx.ModelProto) -> None:
+    """Fill rows up with zeros where their numbers are added up.
+
+    ONNX Runtime adds whole vectors that begin at aligned addresses, and what stands before and after them by itself. Where a row's length
+    is no multiple of a vector's, the order of the sum depends on where in the run the cell stands, and so does its last bit.
+
+    Raises:
+        ValueError: rows of such a length are added up by an operator for which zeros are not known to change nothing.
+    """
+    graph = onnx.shape_inference.infer_shapes(model).graph
+    shapes = {value.name: value.type.tensor_type.shape.dim for value in (*graph.value_info, *graph.input)}
+    axes_of = {
+        tensor.name: numpy_helper.to_array(tensor).tolist() for tensor in graph.initializer if tensor.dims == [1]
+    }
+    nodes, initializers = [], []
+    for node in model.graph.node:
+        if not node.op_type.startswith("Reduce") or node.op_type in ("ReduceMax", "ReduceMin"):
+            nodes.append(node)
+            continue
+        shape, axes = shapes[node.input[0]], axes_of[node.input[1]]
+        n_more = -shape[-1].dim_value % _VECTOR
+        # What has no cells in it stands in the same place whatever is asked.
+        if shape[0].dim_value or not {-1, len(shape) - 1}.intersection(axes) or not n_more:
+            nodes.append(node)
+            continue
+        if node.op_type != "ReduceSum":
+            raise ValueError(f"{node.op_type} over {shape[-1].dim_value} columns: its bits depend on a cell's place")
+        pads, filled = f"{node.name}_pads", f"{node.name}_filled"
+        ends = [0] * len(shape) + [0] * (len(shape) - 1) + [n_more]
+        initializers.append(numpy_helper.from_array(np.array(ends, np.int64), pads))
+        nodes.append(helper.make_node("Pad", [node.input[0], pads], [filled], f"Pad_of_{node.name}"))
+        node.input[0] = filled
+        nodes.append(node)
+    del model.graph.node[:]
+    model.graph.node.extend(nodes)
+    model.graph.initializer.extend(initializers)
 
 
 def strip(model: onnx.ModelProto) -> None:

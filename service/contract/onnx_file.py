@@ -13,7 +13,7 @@ from service.errors import InvalidArtifact
 OPERATORS = frozenset(
     """Abs Add BatchNormalization Cast Clip Concat Constant ConstantOfShape CumSum DequantizeLinear Div Elu Equal Erf Exp Expand Flatten Gather
     Gelu Gemm Greater GreaterOrEqual HardSigmoid Identity LayerNormalization LeakyRelu Less LessOrEqual Log LogSoftmax MatMul Max Min Mul
-    Neg OneHot PRelu Pow QuantizeLinear Range Reciprocal ReduceL2 ReduceMax ReduceMean ReduceSum Relu Reshape ScatterElements ScatterND
+    Neg OneHot PRelu Pad Pow QuantizeLinear Range Reciprocal ReduceL2 ReduceMax ReduceMean ReduceSum Relu Reshape ScatterElements ScatterND
     Shape Sigmoid Sign Slice Softmax Softplus Split Sqrt Squeeze Sub Sum Tanh TopK Transpose Unsqueeze Where
     """.split()  # noqa: SIM905 - read as a list of words
 )
