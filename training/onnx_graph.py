@@ -23,6 +23,9 @@ OPSET = 18
 PRODUCER = "cellserve"
 Precision = Literal["float32", "int8"]
 _TRACED_CELLS = 10_007
+_NEUTRAL = {"ReduceSum": 0.0, "ReduceLogSumExp": -np.inf}
+"""What changes nothing among what is reduced."""
+
 _VECTOR = 16
 """Numbers in the longest vectors that a CPU adds up at a time."""
 
@@ -115,13 +118,13 @@ def _share_transposed(graph: onnx.GraphProto) -> None:
 
 
 def _align_sums(model: onnx.ModelProto) -> None:
-    """Fill rows up with zeros where their numbers are added up.
+    """Fill rows up with what changes nothing where their numbers are added up.
 
     ONNX Runtime adds whole vectors that begin at aligned addresses, and what stands before and after them by itself. Where a row's length
     is no multiple of a vector's, the order of the sum depends on where in the run the cell stands, and so does its last bit.
 
     Raises:
-        ValueError: rows of such a length are added up by an operator for which zeros are not known to change nothing.
+        ValueError: rows of such a length are added up by an operator for which nothing does that.
     """
     graph = onnx.shape_inference.infer_shapes(model).graph
     shapes = {value.name: value.type.tensor_type.shape.dim for value in (*graph.value_info, *graph.input)}
@@ -139,12 +142,16 @@ def _align_sums(model: onnx.ModelProto) -> None:
         if shape[0].dim_value or not {-1, len(shape) - 1}.intersection(axes) or not n_more:
             nodes.append(node)
             continue
-        if node.op_type != "ReduceSum":
+        if node.op_type not in _NEUTRAL:
             raise ValueError(f"{node.op_type} over {shape[-1].dim_value} columns: its bits depend on a cell's place")
-        pads, filled = f"{node.name}_pads", f"{node.name}_filled"
+        pads, filler, filled = (f"{node.name}_{part}" for part in ("pads", "filler", "filled"))
         ends = [0] * len(shape) + [0] * (len(shape) - 1) + [n_more]
         initializers.append(numpy_helper.from_array(np.array(ends, np.int64), pads))
-        nodes.append(helper.make_node("Pad", [node.input[0], pads], [filled], f"Pad_of_{node.name}"))
+        given = [node.input[0], pads]
+        if _NEUTRAL[node.op_type]:
+            initializers.append(numpy_helper.from_array(np.array(_NEUTRAL[node.op_type], np.float32), filler))
+            given.append(filler)
+        nodes.append(helper.make_node("Pad", given, [filled], f"Pad_of_{node.name}"))
         node.input[0] = filled
         nodes.append(node)
     del model.graph.node[:]
