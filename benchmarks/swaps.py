@@ -81,12 +81,6 @@ def memory_bytes(server: Server) -> int:
     return max(int(worker.memory_full_info().uss) for worker in workers)
 
 
-def metric(server: Server, name: str) -> float:
-    """The value of a series without labels."""
-    lines = httpx.get(f"{server.url}/metrics").text.splitlines()
-    return float(next(line for line in lines if line.startswith(f"{name} ")).split()[1])
-
-
 def measure(n_swaps: int, n_clients: int) -> dict[str, object]:
     """Exchange `n_swaps` times and collect the figures."""
     shipped = Store(ROOT / "models_store")
@@ -124,7 +118,7 @@ def measure(n_swaps: int, n_clients: int) -> dict[str, object]:
             load.is_over = True
             for client in clients:
                 client.join()
-            n_held = metric(server, "cellserve_models_held")
+            n_held = server.metric("cellserve_models_held")
             server.stop()
         finally:
             server.close()

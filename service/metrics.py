@@ -174,7 +174,7 @@ VERDICTS = Counter(
     "Whole queries that were judged, by verdict: green, amber or red.",
     ("model", "version", "verdict"),
 )
-CANCELLED = Counter("cellserve_cancelled_total", "Requests that left before their answer was complete.")
+CANCELLED = Counter("cellserve_cancelled_total", "Requests whose client left before their answer was complete.")
 CACHE_CELLS = Counter("cellserve_cache_cells_total", "Cells that the answer cache knew or not.", ("outcome",))
 CACHE_EVICTIONS = Counter("cellserve_cache_evictions_total", "Cells that left the answer cache for want of room.")
 CACHE_BYTES = Gauge("cellserve_cache_bytes", "Bytes of the answer cache: keys, answers and the table that finds them.")

@@ -42,11 +42,14 @@ class Access:
         started = time.perf_counter()
         status = 0  # stays so where the client left before there was one
         sending = 0.0
+        has_left = True
 
         async def watched_send(message: Message) -> None:
-            nonlocal status, sending
+            nonlocal status, sending, has_left
             if message["type"] == "http.response.start":
                 status = message["status"]
+            elif message["type"] == "http.response.body" and not message.get("more_body", False):
+                has_left = False
             waits = time.perf_counter()
             await send(message)
             sending += time.perf_counter() - waits
@@ -54,7 +57,12 @@ class Access:
         with metrics.REQUESTS_IN_FLIGHT.track_inprogress():
             try:
                 await self._app(scope, receive, watched_send)
+            except Exception:
+                has_left = False  # it is the answer that broke off
+                raise
             finally:
+                if has_left:
+                    metrics.CANCELLED.inc()
                 seconds = time.perf_counter() - started
                 template = scope.get(TEMPLATE, UNMATCHED)
                 method = scope["method"] if scope["method"] in METHODS else "other"

@@ -1,4 +1,4 @@
-"""A client that leaves cancels its work: Starlette looks for that only while it sends."""
+"""A client that leaves cancels its work, which nobody else looks for."""
 
 import asyncio
 from collections.abc import AsyncIterator

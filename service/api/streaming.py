@@ -13,6 +13,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from service.api import problems
+from service.api.pieces import PiecesResponse
 from service.api.progress import Watched
 from service.api.state import State
 from service.cells.columns import Columns, n_cells
@@ -29,22 +30,12 @@ Read = Callable[[bytes], Awaitable[Query]]
 Run = Callable[[Query], AsyncGenerator[Columns]]
 
 
-class DuplexResponse(Response):
-    """Sends pieces as they are made. Starlette's own listens for the client's leave meanwhile, and would eat the body."""
-
-    def __init__(self, first: bytes, rest: AsyncGenerator[bytes], media_type: str, headers: dict[str, str]) -> None:
-        super().__init__(media_type=media_type, headers=headers)
-        del self.headers["content-length"]
-        self._first, self._rest = first, rest
+class DuplexResponse(PiecesResponse):
+    """Its request's body is still being read while it is sent: who listens for the client's leave meanwhile would eat that."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:  # noqa: ARG002 - ASGI's signature
         """Send all of it."""
-        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-        await send({"type": "http.response.body", "body": self._first, "more_body": True})
-        async with contextlib.aclosing(self._rest):
-            async for piece in self._rest:
-                await send({"type": "http.response.body", "body": piece, "more_body": True})
-        await send({"type": "http.response.body", "body": b"", "more_body": False})
+        await self.send(send)
 
 
 async def streamed(
@@ -69,7 +60,7 @@ async def streamed(
     """
     answers = app.progress.until_end(watched, _answers(app, request, read, run, head))
     first = await anext(answers)
-    return DuplexResponse(first, answers, "application/vnd.apache.arrow.stream", headers)
+    return DuplexResponse(answers, "application/vnd.apache.arrow.stream", headers, first)
 
 
 async def _answers(

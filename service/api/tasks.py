@@ -8,7 +8,7 @@ import time
 from collections.abc import AsyncGenerator, Callable
 
 from starlette.requests import Request
-from starlette.responses import Response, StreamingResponse
+from starlette.responses import Response
 
 from service import metrics, tracing
 from service.api import request_id, streaming
@@ -18,6 +18,7 @@ from service.api.disconnect import cancelled_on_disconnect
 from service.api.drift import observe_answers, observe_query
 from service.api.limits import declared_bytes
 from service.api.negotiation import answer_format, body_format
+from service.api.pieces import PiecesResponse
 from service.api.stages import until_queue
 from service.api.state import State, state
 from service.api.uploads import read_places
@@ -234,7 +235,7 @@ async def _answer(
     if is_whole:
         content = b"".join([piece async for piece in pieces])
         return Response(content, headers=headers, media_type=answer_type.media_type)
-    return StreamingResponse(pieces, headers=headers, media_type=answer_type.media_type)
+    return PiecesResponse(pieces, answer_type.media_type, headers)
 
 
 async def _pieces(

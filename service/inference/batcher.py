@@ -224,8 +224,6 @@ class Batcher:
             ticket.n_taken = n_rows
             if ticket.trace is not None:
                 _trace(ticket, ticket.trace)
-            if n_given < n_rows:
-                metrics.CANCELLED.inc()
 
     @property
     def is_running(self) -> bool:

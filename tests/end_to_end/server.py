@@ -1,14 +1,16 @@
 """A real server for tests, examples and benchmarks: `bentoml serve` in a process of its own, on a free port."""
 
+import asyncio
 import contextlib
 import os
+import re
 import signal
 import socket
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import httpx
@@ -91,6 +93,11 @@ class Server:
         except subprocess.TimeoutExpired:
             raise AssertionError(f"the server did not stop within {seconds} s:\n{self.log()}") from None
 
+    def metric(self, pattern: str) -> float:
+        """The sum of the series of /metrics whose name and labels match a regular expression; 0 where none does."""
+        text = httpx.get(f"{self.url}/metrics").text
+        return sum(float(value) for value in re.findall(rf"^{pattern} (\S+)$", text, re.MULTILINE))
+
     def log(self) -> str:
         """What the server has written so far."""
         return self._log.read_text(errors="replace") if self._log.exists() else ""
@@ -121,6 +128,18 @@ def running_server(store: Path, **environment: str) -> Iterator[str]:
         server.stop()
     finally:
         server.close()
+
+
+async def until(condition: Callable[[], bool], seconds: float = 20) -> None:
+    """Wait for a condition, which is asked in a thread: one that asks the server would hold up the clients of this event loop.
+
+    Raises:
+        AssertionError: it did not come true in time.
+    """
+    deadline = time.monotonic() + seconds
+    while not await asyncio.to_thread(condition):
+        assert time.monotonic() < deadline, "it did not come true in time"
+        await asyncio.sleep(0.02)
 
 
 def free_port() -> int:

@@ -2,9 +2,9 @@
 
 import asyncio
 import os
-import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +14,7 @@ import pytest
 
 from tests import builders
 from tests.builders import arrow_body, counts, gene_table
-from tests.end_to_end.server import PYTHON, Server
+from tests.end_to_end.server import PYTHON, Server, until
 
 ARROW = {"Content-Type": "application/vnd.apache.arrow.stream"}
 GENES = gene_table().gene_symbol
@@ -32,14 +32,6 @@ def start(request: pytest.FixtureRequest):
     return start
 
 
-def metric(server: Server, name: str) -> float:
-    """The value of one series of /metrics."""
-    text = httpx.get(server.url + "/metrics").text
-    found = re.search(rf"^{re.escape(name)} (\S+)$", text, re.MULTILINE)
-    assert found, text
-    return float(found[1])
-
-
 def test_broken_version(start, tiny_store: Path) -> None:
     """A version with one changed byte is not served; the others are, and readiness, log and a metric say why."""
     graph = tiny_store / "tiny/2/decode.onnx"
@@ -50,7 +42,7 @@ def test_broken_version(start, tiny_store: Path) -> None:
 
     assert "decode.onnx" in httpx.get(server.url + "/readyz").json()["models"]["tiny@2"]
     assert "decode.onnx" in server.log()
-    assert metric(server, 'cellserve_model_failed{model="tiny",version="2"}') == 1
+    assert server.metric(r'cellserve_model_failed\{model="tiny",version="2"\}') == 1
     body = arrow_body(counts(2), GENES)
     assert httpx.post(server.url + "/v1/embed?model=tiny", content=body, headers=ARROW).status_code == 200
     refused = httpx.post(server.url + "/v1/embed?model=tiny@2", content=body, headers=ARROW)
@@ -96,8 +88,7 @@ async def test_drain(start, tiny_store: Path) -> None:
     body = arrow_body(counts(20_000), GENES)
     async with httpx.AsyncClient(base_url=server.url, timeout=60) as client:
         requests = [asyncio.create_task(client.post("/v1/reconstruct", content=body, headers=ARROW)) for _ in range(4)]
-        while metric(server, "cellserve_requests_in_flight") < 5:  # the four, and this one
-            await asyncio.sleep(0.01)
+        await until(lambda: server.metric("cellserve_requests_in_flight") >= 5)  # the four, and this one
         server.process.send_signal(signal.SIGTERM)
         answers = await asyncio.gather(*requests)
 
@@ -109,17 +100,28 @@ async def test_drain(start, tiny_store: Path) -> None:
 async def test_disconnect(start, tiny_store: Path) -> None:
     """A client that leaves takes its cells out of the queue."""
     server = start(tiny_store, CELLSERVE_BATCH_ROWS="1").wait_until_ready()
-    body = arrow_body(counts(50_000), GENES)
-    async with httpx.AsyncClient(base_url=server.url) as client:
-        with pytest.raises(TimeoutError):
-            await asyncio.wait_for(client.post("/v1/embed", content=body, headers=ARROW), timeout=1)
-        for _ in range(100):
-            if metric(server, "cellserve_cancelled_total") == 1:
-                break
-            await asyncio.sleep(0.05)
+    async with httpx.AsyncClient(base_url=server.url, timeout=60) as client:
+        asked = asyncio.create_task(client.post("/v1/embed", content=arrow_body(counts(50_000), GENES), headers=ARROW))
+        await until(lambda: server.metric("cellserve_queue_rows") > 0)
+        asked.cancel()
+        await until(lambda: server.metric("cellserve_cancelled_total") == 1)
 
-    assert metric(server, "cellserve_cancelled_total") == 1
-    assert metric(server, "cellserve_queue_rows") == 0
+    await until(lambda: server.metric("cellserve_queue_rows") == 0)
+
+
+async def test_disconnect_within_the_body(start, tiny_store: Path) -> None:
+    """A client that leaves before all of its body is there is counted, and gives its room back."""
+    server = start(tiny_store).wait_until_ready()
+    before = server.metric("cellserve_body_bytes_in_flight")
+    with socket.create_connection(("127.0.0.1", server.port)) as client:
+        client.sendall(
+            b"POST /v1/embed HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1000\r\n"
+            b"Content-Type: application/vnd.apache.arrow.stream\r\n\r\n0123"
+        )
+        await until(lambda: server.metric("cellserve_body_bytes_in_flight") == before + 1000)
+    await until(lambda: server.metric("cellserve_cancelled_total") == 1)
+
+    assert server.metric("cellserve_body_bytes_in_flight") == before
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,6 @@ import asyncio
 import contextlib
 import json
 import os
-import re
 import shutil
 from collections import Counter
 from collections.abc import AsyncIterator, Callable
@@ -21,7 +20,7 @@ from service.client import Client, read_answer
 from service.contract.store import ModelId, Store
 from service.contract.traffic import Split, Traffic
 from tests.builders import arrow_body, counts, gene_table, write_artifact, write_mismatch
-from tests.end_to_end.server import Server
+from tests.end_to_end.server import Server, until
 
 ARROW = {"Content-Type": "application/vnd.apache.arrow.stream"}
 GENES = gene_table().gene_symbol
@@ -41,12 +40,6 @@ def start(request: pytest.FixtureRequest) -> Start:
         return server.start().wait_until_ready()
 
     return start
-
-
-def metric(server: Server, pattern: str) -> float:
-    """The sum of the series of /metrics whose name and labels match."""
-    text = httpx.get(server.url + "/metrics").text
-    return sum(float(found) for found in re.findall(rf"^{pattern} (\S+)$", text, re.MULTILINE))
 
 
 def latent_of(content: bytes) -> bytes:
@@ -73,18 +66,6 @@ async def load(server: Server, query: str = "?model=tiny", n_clients: int = 6) -
         await asyncio.gather(*clients)
 
 
-async def until(condition: Callable[[], bool], seconds: float = 20) -> None:
-    """Wait for a condition.
-
-    Raises:
-        AssertionError: it did not come true in time.
-    """
-    deadline = asyncio.get_running_loop().time() + seconds
-    while not condition():
-        assert asyncio.get_running_loop().time() < deadline, "it did not come true in time"
-        await asyncio.sleep(0.02)
-
-
 def check(answers: list[httpx.Response]) -> Counter[str]:
     """No request failed, and each version has one set of bits; how many answers each gave."""
     assert {answer.status_code for answer in answers} == {200}
@@ -104,6 +85,7 @@ async def test_exchange_under_load(start: Start, tiny_store: Path) -> None:
     """Eight new versions by rename and alias, old ones removed meanwhile: every request is answered, by one version wholly."""
     store, server = Store(tiny_store), start(tiny_store, **POLL)
     async with load(server) as answers:
+        await until(lambda: bool(answers))
         for version in range(3, 11):
             await asyncio.to_thread(write_artifact, tiny_store, version=str(version), seed=version)
             store.set_alias(ModelId("tiny", str(version)))
@@ -115,13 +97,13 @@ async def test_exchange_under_load(start: Start, tiny_store: Path) -> None:
             )
             shutil.rmtree(tiny_store / "tiny" / str(version - 2))
         # Of the versions whose files are gone only what requests hold is left, and that for a moment.
-        await until(lambda: metric(server, "cellserve_models_held") == 2)
+        await until(lambda: server.metric("cellserve_models_held") == 2)
     answered = check(answers)
 
     assert set(answered) == {f"tiny@{version}" for version in (1, *range(3, 11))}
-    assert metric(server, r'cellserve_model_swaps_total\{model="tiny"\}') == 8
+    assert server.metric(r'cellserve_model_swaps_total\{model="tiny"\}') == 8
     assert (
-        metric(server, r'cellserve_refused_total\{code="(?!not_ready).*"\}') == 0
+        server.metric(r'cellserve_refused_total\{code="(?!not_ready).*"\}') == 0
     )  # not ready: probes while it started
 
 
@@ -155,7 +137,7 @@ async def test_a_bad_version_is_refused(start: Start, tiny_store: Path) -> None:
                 write_mismatch(tiny_store, version=version, seed=7)
             store.set_alias(ModelId("tiny", version))
             pattern = rf'cellserve_model_failed\{{model="tiny",version="{version}"\}}'
-            await until(lambda pattern=pattern: metric(server, pattern) == 1)
+            await until(lambda pattern=pattern: server.metric(pattern) == 1)
         await asyncio.sleep(0.3)
     assert check(answers).keys() == {"tiny@1"}
 
@@ -165,7 +147,7 @@ async def test_a_bad_version_is_refused(start: Start, tiny_store: Path) -> None:
     assert "encode.onnx" in states["3"]
     assert "golden cells differs" in states["4"]
     assert "it still is tiny@1" in document["problems"]["tiny"]
-    assert metric(server, r'cellserve_store_problem\{model="tiny"\}') == 1
+    assert server.metric(r'cellserve_store_problem\{model="tiny"\}') == 1
     assert server.log().count("model refused") == 2  # not at every look
     assert httpx.get(server.url + "/readyz").status_code == 200
     assert httpx.get(server.url + "/v1/models/tiny/ready").status_code == 200
@@ -198,8 +180,8 @@ async def test_split_shadow_and_client(start: Start, tiny_store: Path) -> None:
     assert 30 < answered[0].count("tiny@2") < 90  # 60 expected; 4.6 standard deviations
 
     labels = r'column="latent",is_same="false",model="tiny",task="embed",version="3"'
-    await until(lambda: metric(server, rf"cellserve_shadow_cells_total\{{{labels}\}}") >= 50)
-    assert metric(server, r'cellserve_shadow_requests_total\{.*outcome="failed".*\}') == 0
+    await until(lambda: server.metric(rf"cellserve_shadow_cells_total\{{{labels}\}}") >= 50)
+    assert server.metric(r'cellserve_shadow_requests_total\{.*outcome="failed".*\}') == 0
 
     adata = ad.AnnData(counts(50), var=pd.DataFrame(index=list(GENES)))
     latents = {latent_of(answer.content) for answer in rounds[0]}
@@ -243,8 +225,8 @@ async def test_bounded_memory(start: Start, tmp_path: Path) -> None:
         assert {latent_of(answer.content) for answer in answers} == {bits[name]}
     states = httpx.get(server.url + "/readyz").json()["models"]
     assert Counter(states.values()) == {"ready": 2, "unloaded": 3}
-    await until(lambda: metric(server, "cellserve_models_held") == 2)
-    assert metric(server, r'cellserve_model_unloads_total\{reason="least_recently_used"\}') > 3
+    await until(lambda: server.metric("cellserve_models_held") == 2)
+    assert server.metric(r'cellserve_model_unloads_total\{reason="least_recently_used"\}') > 3
 
 
 class TestDrain:
@@ -256,8 +238,8 @@ class TestDrain:
         body = arrow_body(counts(3_000), GENES)
         async with httpx.AsyncClient(base_url=server.url, timeout=60) as client:
             work = [asyncio.create_task(client.post("/v1/reconstruct", content=body, headers=ARROW)) for _ in range(3)]
-            await until(lambda: metric(server, "cellserve_requests_in_flight") >= 4)
-            await until(lambda: metric(server, "cellserve_queue_rows") > 0)
+            await until(lambda: server.metric("cellserve_requests_in_flight") >= 4)
+            await until(lambda: server.metric("cellserve_queue_rows") > 0)
             server.process.terminate()
             await until(lambda: httpx.get(server.url + "/readyz").status_code == 503)
             refused = httpx.post(server.url + "/v1/embed", content=BODY, headers=ARROW)
