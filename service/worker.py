@@ -15,10 +15,10 @@ from service.api.state import State
 from service.api.uploads import Uploads
 from service.contract.store import Store
 from service.inference.answer_cache import AnswerCache
-from service.inference.batcher import Batcher
+from service.inference.batcher import Batcher, choose_here
 from service.inference.cached import CachedRuns
 from service.inference.models import Models
-from service.inference.session import choose_runtime
+from service.inference.session import choose_runtime, usable_cpus
 from service.inference.shadow import Shadows
 from service.settings import Settings
 
@@ -46,7 +46,8 @@ class Worker:
         runtime = choose_runtime(settings.provider, settings.threads, settings.allow_provider_fallback)
         self._settings = settings
         models = Models(store=Store(settings.store), runtime=runtime, max_loaded=settings.max_loaded)
-        batcher = Batcher(batch_rows=settings.batch_rows, max_queue_rows=settings.max_queue_rows)
+        here = choose_here(usable_cpus())
+        batcher = Batcher(batch_rows=settings.batch_rows, max_queue_rows=settings.max_queue_rows, here=here)
         metrics.THREADS.labels("graph").set(runtime.n_threads)
         metrics.THREADS.labels("parse").set(N_PARSERS)
         self._parsers = ThreadPoolExecutor(N_PARSERS, thread_name_prefix="cellserve-parse")
@@ -69,6 +70,7 @@ class Worker:
                 settings.upload_directory,
             ),
             parsers=self._parsers,
+            here=here,
             max_cells=settings.max_cells,
             max_decoded_bytes=settings.max_decoded_bytes,
             timeout_seconds=settings.timeout_seconds,

@@ -15,7 +15,7 @@ from service.api.oip_statistics import Statistics
 from service.api.progress import Progress
 from service.api.uploads import Uploads
 from service.cells.columns import Columns
-from service.inference.batcher import Batcher, Timing, Work
+from service.inference.batcher import Batcher, Here, Timing, Work
 from service.inference.cached import CachedRuns
 from service.inference.models import Models
 from service.inference.shadow import Shadows
@@ -47,6 +47,7 @@ class State:
     stall_seconds: float = 60.0
     """A chunk that runs longer than this is not going to end."""
 
+    here: Here = field(default_factory=Here)
     cached: CachedRuns | None = None
     budgets: ClientBudgets | None = None
     progress: Progress = field(default_factory=Progress)

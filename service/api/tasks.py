@@ -24,6 +24,7 @@ from service.api.state import State, state
 from service.api.uploads import read_places
 from service.cells.columns import Columns, n_cells
 from service.cells.formats.arrow import FORMAT as ARROW
+from service.cells.formats.arrow_limits import is_compressed
 from service.cells.formats.format import Format, Writer
 from service.errors import (
     InvalidOption,
@@ -77,11 +78,11 @@ def endpoint(task: Task) -> Endpoint:
         started = time.monotonic()
         async with app.intake.body(request) as body, cancelled_on_disconnect(request):
             received = time.monotonic()
-            if len(body) <= PARSED_AT_ONCE:
-                query, seconds = _read(app, model, body_type, body)
-            else:
-                loop = asyncio.get_running_loop()
-                with app.batcher.coming(deadline) if len(body) > LONG_BYTES else contextlib.nullcontext():
+            with app.batcher.coming(deadline) if len(body) > LONG_BYTES else contextlib.nullcontext():
+                if _is_parsed_here(app, body_type, body):
+                    query, seconds = _read(app, model, body_type, body)
+                else:
+                    loop = asyncio.get_running_loop()
                     query, seconds = await loop.run_in_executor(app.parsers, _read, app, model, body_type, body)
             seconds = until_queue(started, received, seconds)
 
@@ -153,8 +154,15 @@ def read_deadline(request: Request) -> float:
     return time.monotonic() + float(text)
 
 
+def _is_parsed_here(app: State, body_type: Format, body: bytes) -> bool:
+    """Whether reading the body keeps the event loop for no longer than is allowed."""
+    return len(body) <= PARSED_AT_ONCE or (
+        body_type is ARROW and len(body) <= app.here.arrow_bytes and not is_compressed(body)
+    )
+
+
 def _read(app: State, model: Model, body_type: Format, body: bytes) -> tuple[Query, dict[str, float]]:
-    """A request's cells, ready for the model, and the seconds that each stage took. Runs in a parser thread."""
+    """A request's cells, ready for the model, and the seconds that each stage took."""
     assert body_type.read is not None, "a file is read elsewhere"
     started = time.perf_counter()
     cells = body_type.read(body, app.max_decoded_bytes)

@@ -42,6 +42,28 @@ QUICK_SECONDS = 0.002
 
 
 @dataclass(frozen=True)
+class Here:
+    """What is done in the event loop instead of a thread: others wait for that long, and two changes of threads are saved."""
+
+    rows: int = FEW_ROWS
+    """Cells that run in it,"""
+
+    seconds: float = QUICK_SECONDS
+    """if so many took less the last time."""
+
+    arrow_bytes: int = 0
+    """Longest Arrow body that is parsed in it, if it is not compressed."""
+
+
+def choose_here(n_cpus: int) -> Here:
+    """Whole chunks, too, where there are no more CPUs than the threads of a graph fill.
+
+    What other threads would do meanwhile has to wait there, for a CPU or for Python's lock. Where there are more, they do it.
+    """
+    return Here(rows=256, seconds=0.005, arrow_bytes=2**20) if n_cpus <= 2 else Here()
+
+
+@dataclass(frozen=True)
 class Work:
     """What requests must have in common to run together."""
 
@@ -127,13 +149,15 @@ class Runs:
 class Batcher:
     """The queue and the one thread that runs graphs. Belongs to one event loop; every method is called from it."""
 
-    def __init__(self, *, batch_rows: int, max_queue_rows: int) -> None:
+    def __init__(self, *, batch_rows: int, max_queue_rows: int, here: Here | None = None) -> None:
         """Make an idle batcher; `start` runs it.
 
         Args:
             batch_rows: rows that run together at most.
             max_queue_rows: rows that may wait. Beyond it requests are refused.
+            here: what runs in the event loop.
         """
+        self._here = here or Here()
         self._batch_rows = batch_rows
         self._max_queue_rows = max_queue_rows
         self._lanes: Lanes[Ticket] = Lanes()
@@ -147,8 +171,8 @@ class Batcher:
         """Rows of the long requests that came last, whether they were taken or refused."""
         self._n_coming = 0
         """Long requests that are being parsed."""
-        self._quick: set[tuple[str, str]] = set()
-        """Models and tasks of which a few rows were quick the last time."""
+        self._quick: set[tuple[str, str, int]] = set()
+        """Models, tasks and numbers of rows, padded, that were quick the last time."""
         self._is_stopping = False
         self.runs: defaultdict[str, defaultdict[int, Runs]] = defaultdict(lambda: defaultdict(Runs))
         """By model and number of rows."""
@@ -329,12 +353,13 @@ class Batcher:
                 free_since = time.monotonic()
                 continue
             n_rows = sum(stop - start for _, start, stop in pieces)
-            is_few, kind = n_rows <= FEW_ROWS, pieces[0][0].work.key[:2]
+            work = pieces[0][0].work
+            kind = (*work.key[:2], work.n_run(n_rows))
             reason = "full" if n_rows >= self._batch_rows else "idle" if was_idle else "free"
             was_idle = False
             started = self._running_since = time.monotonic()
             try:
-                if is_here := is_few and kind in self._quick:
+                if is_here := n_rows <= self._here.rows and kind in self._quick:
                     columns = _compute(pieces)
                 else:
                     columns = await loop.run_in_executor(self._executor, _compute, pieces)
@@ -347,17 +372,17 @@ class Batcher:
             finally:
                 self._running_since = None
             seconds = time.monotonic() - started
-            if is_few:
-                (self._quick.add if seconds < QUICK_SECONDS else self._quick.discard)(kind)
+            if n_rows <= self._here.rows:
+                (self._quick.add if seconds < self._here.seconds else self._quick.discard)(kind)
             # From chunk to chunk, not that of the run alone: what else this process does takes its time from the queue as well. Of chunks
             # that are full: a single cell's takes nearly as long as theirs, and says nothing of how fast they would be.
             if n_rows >= self._batch_rows // 2:
                 rate = n_rows / (time.monotonic() - free_since)
                 self._rows_per_second = 0.8 * (self._rows_per_second or rate) + 0.2 * rate
             free_since = time.monotonic()
-            runs = self.runs[pieces[0][0].work.model.id][n_rows]
+            runs = self.runs[work.model.id][n_rows]
             runs.n_runs, runs.seconds = runs.n_runs + 1, runs.seconds + seconds
-            self._measure(pieces[0][0].work, n_rows, seconds, reason)
+            self._measure(work, n_rows, seconds, reason)
             batch = self._trace_batch(pieces, started, n_rows, reason)
             position = 0
             for ticket, start, stop in pieces:

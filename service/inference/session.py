@@ -32,6 +32,9 @@ Provider = Literal["cpu", "cuda"]
 SHAPES: tuple[int, ...] = (16, 64)
 """Numbers of rows that a graph is run with. At 64 a CPU's caches hold input and weights, and more rows are no faster per cell."""
 
+N_SMALL = 256
+"""Counts below it, nearly all, have what a graph makes of each looked up."""
+
 _PROVIDERS: dict[Provider, str] = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 _DTYPES = {"float32": "tensor(float)", "int64": "tensor(int64)"}
 
@@ -248,6 +251,12 @@ class Session:
             self.outputs, {name: padded(array, n_padded) for name, array in inputs.items()}
         )
         return outputs[0][:n]
+
+    @cached_property
+    def of_small_counts(self) -> NDArray[np.float32]:
+        """What `run_flat` gives of 0 to 255, where the graph has one input."""
+        (name,) = self.inputs
+        return self.run_flat({name: np.arange(N_SMALL, dtype=np.float32)})
 
     def n_run(self, n_cells: int) -> int:
         """Rows that the graph runs with for so many cells, those included that only fill up."""

@@ -44,6 +44,15 @@ def check_decoded_size(body: bytes, max_bytes: int) -> bool:
     return False
 
 
+def is_compressed(body: bytes) -> bool:
+    """Whether a stream would decompress to more than twice its bytes, or is damaged so that nobody knows."""
+    try:
+        check_decoded_size(body, 2 * len(body))
+    except (BodyTooLarge, struct.error):
+        return True
+    return False
+
+
 class Message(NamedTuple):
     """One message of a stream, by its place in the bytes."""
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import threading
 import time
 from pathlib import Path
 
@@ -9,7 +10,9 @@ import httpx
 import numpy as np
 import pyarrow as pa
 import pytest
+import scipy.sparse as sp
 
+from service.api import tasks
 from service.errors import CellserveError
 from service.inference import TASKS, annotate, batcher
 from tests.builders import arrow_body, counts, gene_table, json_body, write_artifact
@@ -319,3 +322,22 @@ async def test_duplicates_and_renames_are_reported(client: httpx.AsyncClient) ->
     assert report["duplicated"] == {"G1": 2}
     assert report["n_unknown"] == 1
     assert np.isclose(report["missing_weight"], 0)
+
+
+@pytest.mark.parametrize(("compression", "is_here"), [(None, True), ("zstd", False)])
+async def test_where_a_body_is_parsed(
+    tiny_path: Path, monkeypatch: pytest.MonkeyPatch, compression: str | None, is_here: bool
+) -> None:
+    """In the event loop as far as the service allows it, and never what may be many times larger than it was sent."""
+    read, threads = tasks._read, []
+
+    def noting(*arguments):
+        threads.append(threading.current_thread())
+        return read(*arguments)
+
+    monkeypatch.setattr(tasks, "_read", noting)
+    monkeypatch.setattr(tasks, "PARSED_AT_ONCE", 0)
+    body = arrow_body(sp.vstack([counts(20)] * 100, format="csr"), GENES, compression=compression)
+    async with serving(tiny_path, here=batcher.Here(arrow_bytes=2**20)) as client:
+        assert (await client.post("/v1/embed", content=body, headers=ARROW)).status_code == 200
+    assert (threads == [threading.main_thread()]) == is_here

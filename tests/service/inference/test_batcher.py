@@ -17,7 +17,7 @@ from service.cells.columns import Columns, Values
 from service.errors import DeadlinePassed, DeadlineTooShort, QueueFull, ShuttingDown
 from service.inference import TASKS
 from service.inference import batcher as module
-from service.inference.batcher import HEADROOM, Batcher, Timing, Work, run_whole
+from service.inference.batcher import HEADROOM, Batcher, Here, Timing, Work, run_whole
 from service.inference.model import Model
 from service.inference.task import Options, Task
 from tests.builders import counts
@@ -62,8 +62,8 @@ async def started() -> AsyncIterator[Callable[..., Batcher]]:
     """Make and start batchers; stopped with the test."""
     batchers = []
 
-    def start(batch_rows: int = 256, max_queue_rows: int = 100_000) -> Batcher:
-        batchers.append(Batcher(batch_rows=batch_rows, max_queue_rows=max_queue_rows))
+    def start(batch_rows: int = 256, max_queue_rows: int = 100_000, here: Here | None = None) -> Batcher:
+        batchers.append(Batcher(batch_rows=batch_rows, max_queue_rows=max_queue_rows, here=here))
         batchers[-1].start()
         return batchers[-1]
 
@@ -367,16 +367,12 @@ async def test_what_has_expired_is_not_run(started, recording: RecordingTask, ti
     assert batcher._n_queued == 0
 
 
-async def test_many_small_requests_leave_the_loop_its_turns(
-    started, recording: RecordingTask, tiny: Model, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_many_small_requests_leave_the_loop_its_turns(started, recording: RecordingTask, tiny: Model) -> None:
     """Few rows run in the event loop once they are known to be quick, and others of the loop are not kept waiting."""
-    # However busy the machine is that runs this.
-    monkeypatch.setattr("service.inference.batcher.QUICK_SECONDS", 60.0)
-    batcher = started()
+    batcher = started(here=Here(seconds=60.0))  # however busy the machine is that runs this
     work = Work(tiny, recording.task(), Options())
     await answered(batcher, work, rows(1))
-    assert batcher._quick == {(tiny.id, "record")}
+    assert batcher._quick == {(tiny.id, "record", 1)}
     turns = 0
 
     async def count() -> None:
@@ -390,6 +386,29 @@ async def test_many_small_requests_leave_the_loop_its_turns(
     await asyncio.gather(*(answered(batcher, one, rows(1)) for one in different))
     counting.cancel()
     assert turns >= 50
+
+
+async def test_what_runs_in_the_event_loop(started, tiny: Model) -> None:
+    """Chunks up to so many rows, when as many were quick the last time; other chunks run in the thread of the graphs."""
+    ran: list[tuple[int, bool]] = []
+    seconds = 0.0
+
+    def run(model: Model, counts: sp.csr_matrix, options: Options) -> Columns:
+        ran.append((counts.shape[0], threading.current_thread() is threading.main_thread()))
+        time.sleep(seconds)
+        return {"first": Values(counts[:, 0].toarray().ravel())}
+
+    batcher = started(here=Here(rows=32, seconds=1.0))
+    work = Work(tiny, Task(name="noting", summary="", description="", graphs=(), run=run), Options())
+    for n in (1, 1, 30, 30, 33, 33):
+        await answered(batcher, work, rows(*range(n)))
+    assert ran == [(1, False), (1, True), (30, False), (30, True), (33, False), (33, False)]
+
+    seconds = 1.1
+    await answered(batcher, work, rows(*range(30)))
+    seconds = 0.0
+    await answered(batcher, work, rows(*range(30)))
+    assert ran[-2:] == [(30, True), (30, False)]
 
 
 async def test_why_a_chunk_began(started, recording: RecordingTask, tiny: Model) -> None:

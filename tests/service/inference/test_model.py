@@ -18,7 +18,7 @@ from service.errors import GoldenMismatch, InvalidArtifact, ModelNotFound, Model
 from service.inference.model import Model, load
 from service.inference.models import Models
 from service.inference.query import prepare
-from service.inference.session import Runtime
+from service.inference.session import N_SMALL, Runtime
 from tests.builders import N_GENES, counts, graphs, parts, write_artifact
 
 
@@ -69,6 +69,16 @@ def test_encode_in_two_steps(tiny: Model, stepped: Model) -> None:
     assert alone.tobytes() == together.tobytes()
     assert stepped.encode(sparse[::-1])[::-1].tobytes() == together.tobytes()
     assert stepped.encode(sparse[:0]).shape == (0, 5)
+
+
+def test_small_and_large_counts_in_two_steps(stepped: Model) -> None:
+    """A cell's bits are the same whether its counts are looked up, or computed because a cell beside it has a large one."""
+    small = counts(30)
+    large = sp.csr_matrix(small * 300.0, dtype=np.float32)
+    assert small.max() < N_SMALL < large.max()
+    together = stepped.encode(sp.vstack([small, large], format="csr"))
+    assert stepped.encode(small).tobytes() == together[:30].tobytes()
+    assert stepped.encode(large).tobytes() == together[30:].tobytes()
 
 
 def test_genes_in_any_order_in_two_steps(stepped: Model) -> None:

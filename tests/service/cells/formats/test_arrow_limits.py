@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from service.cells.formats.arrow import read
-from service.cells.formats.arrow_limits import _table, check_decoded_size
+from service.cells.formats.arrow_limits import _table, check_decoded_size, is_compressed
 from service.errors import BodyTooLarge, CellserveError, MalformedBody
 
 N_ZEROS = 2**20
@@ -163,3 +163,11 @@ def test_damaged_headers(data: st.DataObject) -> None:
     )
     with contextlib.suppress(CellserveError, pa.ArrowException, struct.error, OSError, EOFError):
         check_decoded_size(bytes(body), 2**20)
+
+
+@pytest.mark.parametrize("compression", [None, "lz4", "zstd"])
+def test_is_compressed(compression: str | None) -> None:
+    """Zeros that were compressed are told from zeros that were not, and a damaged stream is taken for compressed."""
+    body = stream([zeros()], compression)
+    assert is_compressed(body) == (compression is not None)
+    assert is_compressed(body[:-20])
