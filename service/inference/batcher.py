@@ -58,9 +58,10 @@ class Here:
 def choose_here(n_cpus: int) -> Here:
     """Whole chunks, too, where there are no more CPUs than the threads of a graph fill.
 
-    What other threads would do meanwhile has to wait there, for a CPU or for Python's lock. Where there are more, they do it.
+    What other threads would do meanwhile has to wait there, for a CPU or for Python's lock. Where there are more, they do it. A chunk may
+    take longer than a few cells do: what comes meanwhile would wait for its end anyway.
     """
-    return Here(rows=256, seconds=0.005, arrow_bytes=2**20) if n_cpus <= 2 else Here()
+    return Here(rows=256, seconds=0.02, arrow_bytes=2**20) if n_cpus <= 2 else Here()
 
 
 @dataclass(frozen=True)
