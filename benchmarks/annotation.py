@@ -8,13 +8,14 @@ validation cells; the others learn from both. Nobody sees the query. Ours is exp
 """
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,9 @@ from training.run import Run
 
 ROOT = Path(__file__).parent.parent
 N_NEIGHBOURS, N_COMPONENTS = 15, 50
-SUBTYPES = {"CD4 T", "CD8 T"}
+SUBTYPES = {"CD4 T", "CD8 T"} | {
+    f"{line} T" for line in ("CD4 naive", "CD4 memory", "CD4 helper", "CD4 regulatory", "CD8 naive", "CD8 cytotoxic")
+}
 """Types that are mere subtypes of another that stays: left out of the second median."""
 
 OURS, SCANVI = "cellserve", "SCANVI"
@@ -111,20 +114,13 @@ def figures(probabilities: Array, truth: NDArray[np.int64]) -> dict[str, float]:
     }
 
 
-def served(run: Run, task: Task) -> tuple[Array, dict[str, float]]:
-    """Probabilities of the query, and coverage and mean size of prediction sets, as a server of the exported run answers."""
-    sets = {}
+@contextlib.contextmanager
+def served(run: Run) -> Iterator[Client]:
+    """A client of a server of the exported run."""
     with tempfile.TemporaryDirectory() as store:
         exporting.export(run, Path(store))
         with running_server(Path(store)) as url, Client(url) as client:
-            probabilities = client.annotate(task.query).obsm["probabilities"][list(task.classes)]
-            for asked in COVERAGES:
-                answer = client.run("annotate", task.query, coverage=asked)
-                names = [str(joined).split("|") if joined else [] for joined in answer.obs["prediction_set"]]
-                is_in = [label in found for label, found in zip(task.query.obs["label"], names, strict=True)]
-                sets[f"coverage at {asked:.0%}"] = float(np.mean(is_in))
-                sets[f"mean size at {asked:.0%}"] = float(np.mean([len(found) for found in names]))
-    return probabilities.to_numpy(dtype=np.float64), sets
+            yield client
 
 
 def fit(material: Material) -> Run:
@@ -216,63 +212,81 @@ class Seeds:
     """How many seeds; SCANVI, which trains for minutes, may have fewer."""
 
     ours: int
+    sets: int
+    """Of prediction sets, whose coverage of a few hundred cells is uncertain by two points."""
     scanvi: int
     scanvi_unknown: int
     """With which it is trained without each type in turn, too."""
 
     def of(self, part: str) -> dict[str, int]:
         """Of one of PARTS."""
-        return {"ours": self.ours, "scanvi": self.scanvi_unknown if part == "unknown" else self.scanvi}
+        return {
+            "labels": {"ours": self.ours, "scanvi": self.scanvi},
+            "sets": {"ours": self.sets},
+            "unknown": {"ours": self.ours, "scanvi": self.scanvi_unknown},
+        }[part]
 
 
 def measure_labels(name: str, seeds: Seeds, methods: dict[str, Method]) -> dict[str, Any]:
-    """Labels, confidence and prediction sets of a setup."""
-    setup = SETUPS[name]
+    """Labels and confidence of a setup."""
     labels: dict[str, dict[str, list[float]]] = {}
-    sets: dict[str, list[float]] = {}
     sizes = []
     for seed in range(seeds.ours):
-        material = prepared(setup, seed)
-        run, task = fit(material), material.task()
-        probabilities, of_sets = served(run, task)
+        material = prepared(SETUPS[name], seed)
+        task = material.task()
+        with served(fit(material)) as client:
+            probabilities = client.annotate(task.query).obsm["probabilities"][list(task.classes)].to_numpy(np.float64)
         asked = {method: ask for method, ask in methods.items() if method != SCANVI or seed < seeds.scanvi}
         answers = {OURS: probabilities} | {method: ask(task, seed) for method, ask in asked.items()}
         for method, found in answers.items():
             for figure, value in figures(found, task.truth).items():
                 labels.setdefault(method, {}).setdefault(figure, []).append(value)
-        for figure, value in of_sets.items():
-            sets.setdefault(figure, []).append(value)
         sizes.append({"reference": task.reference.n_obs, "query": task.query.n_obs})
         print(f"{name}, seed {seed}: {figures(probabilities, task.truth)}", file=sys.stderr, flush=True)
     return {
         "cells": sizes[0],
         "labels": {method: {one: summary(values) for one, values in found.items()} for method, found in labels.items()},
-        "prediction_sets": {one: summary(values) for one, values in sets.items()},
-        "is_drawn": setup.is_drawn,
     }
 
 
+def measure_sets(name: str, seeds: Seeds, _methods: dict[str, Method]) -> dict[str, Any]:
+    """Coverage and mean size of a setup's prediction sets."""
+    sets: dict[str, list[float]] = {}
+    for seed in range(seeds.sets):
+        material = prepared(SETUPS[name], seed)
+        query = material.task().query
+        with served(fit(material)) as client:
+            for asked in COVERAGES:
+                answer = client.run("annotate", query, coverage=asked)
+                names = [str(joined).split("|") if joined else [] for joined in answer.obs["prediction_set"]]
+                is_in = [label in found for label, found in zip(query.obs["label"], names, strict=True)]
+                sets.setdefault(f"coverage at {asked:.0%}", []).append(float(np.mean(is_in)))
+                sets.setdefault(f"mean size at {asked:.0%}", []).append(float(np.mean([len(found) for found in names])))
+        print(f"{name}, seed {seed}: {({one: values[-1] for one, values in sets.items()})}", file=sys.stderr, flush=True)
+    return {"prediction_sets": {one: summary(values) for one, values in sets.items()}}
+
+
 def measure_unknown(name: str, seeds: Seeds, methods: dict[str, Method]) -> dict[str, Any]:
-    """Types of a setup left out in turn, where it asks for that."""
+    """Types of a setup left out in turn."""
     unseen, chosen = [], []
-    for seed in range(seeds.ours if SETUPS[name].leaves_out else 0):
+    for seed in range(seeds.ours):
         asked = methods.get(SCANVI) if seed < seeds.scanvi_unknown else None
         score, found = unknown_types(prepared(SETUPS[name], seed), asked, seed)
         chosen.append(score)
         unseen.append(found)
         print(f"{name}, seed {seed}: {score} {found}", file=sys.stderr, flush=True)
-    return {"unknown": medians(unseen), "mapping_score": chosen} if unseen else {}
+    return {"unknown": medians(unseen), "mapping_score": chosen}
 
 
-PARTS = {"labels": measure_labels, "unknown": measure_unknown}
+PARTS = {"labels": measure_labels, "sets": measure_sets, "unknown": measure_unknown}
 
 
-def warm(name: str, seeds: Seeds, ask: Method) -> None:
-    """Let SCANVI answer everything that `measure` will ask it."""
+def warm(name: str, parts: Sequence[str], seeds: Seeds, ask: Method) -> None:
+    """Let SCANVI answer everything that those parts will ask it."""
     for seed in range(seeds.scanvi):
         material = prepared(SETUPS[name], seed)
-        left_out = material.config.labels[0].classes if SETUPS[name].leaves_out and seed < seeds.scanvi_unknown else ()
-        for without in (None, *left_out):
+        left_out = material.config.labels[0].classes if "unknown" in parts and seed < seeds.scanvi_unknown else ()
+        for without in (*([None] if "labels" in parts else []), *left_out):
             ask(material.task(without), seed)
 
 
@@ -282,6 +296,7 @@ def main() -> int:
     parser.add_argument("setups", nargs="*", choices=[*SETUPS, []], help="default: all")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--set-seeds", type=int, default=10, help="of prediction sets")
     parser.add_argument("--scanvi-seeds", type=int, help="default: as many")
     parser.add_argument(
         "--scanvi-unknown-seeds", type=int, help="with which SCANVI is trained without each type, too; default: as many"
@@ -301,15 +316,16 @@ def main() -> int:
         methods[SCANVI] = scanvi(ScviTools(options.scvi_python, options.cache, options.seeds))
     n_scanvi = options.seeds if options.scanvi_seeds is None else options.scanvi_seeds
     n_unknown = n_scanvi if options.scanvi_unknown_seeds is None else options.scanvi_unknown_seeds
-    seeds = Seeds(options.seeds, n_scanvi, n_unknown)
+    seeds = Seeds(options.seeds, options.set_seeds, n_scanvi, n_unknown)
     known = json.loads(options.output.read_text()) if options.output.exists() else {}
     for name in options.setups or list(SETUPS):
+        parts = [part for part in options.parts if part in SETUPS[name].parts]
         if options.scanvi_only:
-            warm(name, seeds, methods[SCANVI])
+            warm(name, parts, seeds, methods[SCANVI])
             continue
-        found = [PARTS[part](name, seeds, methods) for part in options.parts]
+        found = [PARTS[part](name, seeds, methods) for part in parts]
         known[name] = known.get(name, {}) | {"machine": machine()}
-        known[name]["n_seeds"] = known[name].get("n_seeds", {}) | {part: seeds.of(part) for part in options.parts}
+        known[name]["n_seeds"] = known[name].get("n_seeds", {}) | {part: seeds.of(part) for part in parts}
         known[name] |= {key: value for one in found for key, value in one.items()}
         options.output.write_text(json.dumps(known, indent=1, ensure_ascii=False) + "\n")
         show(name, known[name])

@@ -35,11 +35,12 @@ class Setup:
     query: str = TEST
     """Part of the split."""
 
-    is_drawn: bool = True
-    """Query cells are drawn from the same sets as the reference: what prediction sets need to keep their promise."""
+    parts: tuple[str, ...] = ("labels",)
+    """What annotation.py measures of it: labels; sets where query cells are drawn from the same sets as the reference, without which
+    prediction sets cannot keep their promise; unknown where each type is left out in turn."""
 
-    leaves_out: bool = False
-    """Each type is left out in turn as well."""
+    level: str | None = None
+    """Of the labels; None: the first."""
 
 
 def held_out(*names: str) -> dict[str, Any]:
@@ -48,14 +49,17 @@ def held_out(*names: str) -> dict[str, Any]:
 
 
 SETUPS = {
-    "pbmc_facs, 80 to 20": Setup(BLOOD, {"data": ["pbmc_facs"]}, leaves_out=True),
-    "pbmc3k, 80 to 20": Setup(BLOOD, {"data": ["pbmc3k"]}),
-    "pbmc_facs, the published 100": Setup(BLOOD, {"data": ["pbmc_facs"], "split": {"test": 0.0}}, query=PUBLISHED),
-    "pbmc_facs → pbmc3k": Setup(BLOOD, held_out("pbmc3k"), is_drawn=False),
-    "pbmc3k → pbmc_facs": Setup(BLOOD, held_out("pbmc_facs"), is_drawn=False),
-    "cell lines, 80 to 20": Setup(LINES, leaves_out=True),
-    "CEL-seq2 → Drop-seq": Setup(LINES, held_out(DROPSEQ), is_drawn=False),
-    "Drop-seq → CEL-seq2": Setup(LINES, held_out(*CELSEQ), is_drawn=False),
+    "pbmc_facs, 80 to 20": Setup(BLOOD, {"data": ["pbmc_facs"]}, parts=("labels", "sets", "unknown")),
+    "pbmc_facs, the sorted populations": Setup(BLOOD, {"data": ["pbmc_facs"]}, parts=("unknown",), level="cell_subtype"),
+    "pbmc3k, 80 to 20": Setup(BLOOD, {"data": ["pbmc3k"]}, parts=("labels", "sets")),
+    "pbmc_facs, the published 100": Setup(
+        BLOOD, {"data": ["pbmc_facs"], "split": {"test": 0.0}}, query=PUBLISHED, parts=("labels", "sets")
+    ),
+    "pbmc_facs → pbmc3k": Setup(BLOOD, held_out("pbmc3k")),
+    "pbmc3k → pbmc_facs": Setup(BLOOD, held_out("pbmc_facs")),
+    "cell lines, 80 to 20": Setup(LINES, parts=("labels", "sets", "unknown")),
+    "CEL-seq2 → Drop-seq": Setup(LINES, held_out(DROPSEQ)),
+    "Drop-seq → CEL-seq2": Setup(LINES, held_out(*CELSEQ)),
 }
 
 
@@ -115,10 +119,13 @@ class Material:
 def prepared(setup: Setup, seed: int) -> Material:
     """Cells, split and genes of a setup; `training.run.fit` of its configuration makes the same of them.
 
-    The configuration has its first level of labels only, and those of its classes that training cells have.
+    The configuration has one level of labels only, and those of its classes that training cells have.
     """
     document = configuration.load(setup.path).model_dump(mode="json") | setup.changes | {"seed": seed}
-    document["labels"] = document["labels"][:1]
+    level_name = setup.level or document["labels"][0]["name"]
+    document["labels"] = [
+        level | {"parent": None, "parents": {}} for level in document["labels"] if level["name"] == level_name
+    ]
     config = Config.model_validate(document)
     reference = load_reference(config.data, config.cells, config.map_symbols, seed)
     add_labels(config, reference)

@@ -36,16 +36,17 @@ def _median(figure: str, value: dict[str, Any] | None) -> str:
 
 
 def _seeds(found: dict[str, Any], part: str) -> str:
-    seeds = {(one["n_seeds"][part]["ours"], one["n_seeds"][part]["scanvi"]) for one in found.values()}
-    assert len(seeds) == 1, "the setups were measured with different seeds"
-    ours, scanvi = seeds.pop()
+    numbers = [one["n_seeds"][part] for one in found.values()]
+    assert all(one == numbers[0] for one in numbers), "the setups were measured with different seeds"
+    ours = numbers[0]["ours"]
+    scanvi = numbers[0].get("scanvi", ours)
     words = "One seed" if ours == 1 else f"Medians of {ours} seeds"
     return f"\n{words}{'' if ours == scanvi else f', of {scanvi} for SCANVI'}.\n"
 
 
 def prediction_sets() -> str:
     """Coverage and mean size at each asked coverage, where reference and query are of one population."""
-    found = {name: one for name, one in _read("annotation").items() if one.get("is_drawn")}
+    found = {name: one for name, one in _read("annotation").items() if "prediction_sets" in one}
     asked = [
         name.removeprefix("coverage at ") for name in next(iter(found.values()))["prediction_sets"] if "cov" in name
     ]
@@ -60,7 +61,7 @@ def prediction_sets() -> str:
         )
         for name, one in found.items()
     ]
-    return table(("cells", *(f"{share}: coverage / mean size" for share in asked)), rows)
+    return table(("cells", *(f"{share}: coverage / mean size" for share in asked)), rows) + _seeds(found, "sets")
 
 
 def unknown() -> str:
