@@ -262,7 +262,9 @@ def measure_sets(name: str, seeds: Seeds, _methods: dict[str, Method]) -> dict[s
                 is_in = [label in found for label, found in zip(query.obs["label"], names, strict=True)]
                 sets.setdefault(f"coverage at {asked:.0%}", []).append(float(np.mean(is_in)))
                 sets.setdefault(f"mean size at {asked:.0%}", []).append(float(np.mean([len(found) for found in names])))
-        print(f"{name}, seed {seed}: {({one: values[-1] for one, values in sets.items()})}", file=sys.stderr, flush=True)
+        print(
+            f"{name}, seed {seed}: { ({one: values[-1] for one, values in sets.items()}) }", file=sys.stderr, flush=True
+        )
     return {"prediction_sets": {one: summary(values) for one, values in sets.items()}}
 
 

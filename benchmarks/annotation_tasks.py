@@ -50,7 +50,9 @@ def held_out(*names: str) -> dict[str, Any]:
 
 SETUPS = {
     "pbmc_facs, 80 to 20": Setup(BLOOD, {"data": ["pbmc_facs"]}, parts=("labels", "sets", "unknown")),
-    "pbmc_facs, the sorted populations": Setup(BLOOD, {"data": ["pbmc_facs"]}, parts=("unknown",), level="cell_subtype"),
+    "pbmc_facs, the sorted populations": Setup(
+        BLOOD, {"data": ["pbmc_facs"]}, parts=("unknown",), level="cell_subtype"
+    ),
     "pbmc3k, 80 to 20": Setup(BLOOD, {"data": ["pbmc3k"]}, parts=("labels", "sets")),
     "pbmc_facs, the published 100": Setup(
         BLOOD, {"data": ["pbmc_facs"], "split": {"test": 0.0}}, query=PUBLISHED, parts=("labels", "sets")

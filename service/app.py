@@ -56,10 +56,15 @@ class DirectService(Service[Any]):
     def to_asgi(self, is_main: bool = True) -> ASGIApp:
         """The application that a worker runs."""
         lifecycle = super().to_asgi(is_main=is_main)
+        api: ASGIApp | None = None
 
         async def app(scope: Scope, receive: Receive, send: Send) -> None:
+            nonlocal api
             if scope["type"] == "http":
-                await bentoml.get_current_service().api(scope, receive, send)
+                api = (
+                    api or bentoml.get_current_service().api
+                )  # asked once: for each request it would cost as much as routing it
+                await api(scope, receive, send)
             else:
                 await lifecycle(scope, receive, send)
 

@@ -23,7 +23,7 @@ from prometheus_client.utils import floatToGoString
 
 Family = TypeVar("Family", bound=MetricWrapperBase)
 SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60)
-ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 SHARES = (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99, 1)
 LIBRARY_SIZES = (0, 100, 200, 500, 1_000, 2_000, 5_000, 10_000, 20_000, 50_000, 100_000)
 DIFFERENCES = (0.0, 1e-6, 1e-5, 1e-4, 1e-3, 0.01, 0.1, 1.0, 10.0, 100.0)
@@ -101,7 +101,7 @@ BATCHES = Counter(
 )
 BATCH_FILL = Histogram(
     "cellserve_batch_fill_ratio",
-    "Cells that ran together, of CELLSERVE_BATCH_ROWS.",
+    "Cells that ran together, of those that might have (see CELLSERVE_BATCH_ROWS).",
     ("task",),
     buckets=SHARES,
 )

@@ -1,5 +1,6 @@
 """Raw counts: what a request holds before alignment, and the check that they are counts at all."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -152,8 +153,14 @@ def _refusal(cells: Cells, n_before: int, is_wrong: NDArray[np.bool_], kind: str
     )
 
 
-def csr(data: NDArray[Any], indices: NDArray[Any], indptr: NDArray[Any], n_genes: int) -> sp.csr_matrix:
-    """A matrix of arrays that are known to fit together.
+def csr(
+    data: NDArray[Any],
+    indices: NDArray[Any],
+    indptr: NDArray[Any],
+    n_genes: int,
+    sums: NDArray[np.float64] | None = None,
+) -> sp.csr_matrix:
+    """A matrix of arrays that are known to fit together, with its `row_sums` where they are known.
 
     scipy's constructor would look at them again, which takes longer than the rest of aligning one cell.
     """
@@ -165,17 +172,59 @@ def csr(data: NDArray[Any], indices: NDArray[Any], indptr: NDArray[Any], n_genes
         indices=indices.astype(np.int32, copy=False),
         indptr=indptr.astype(np.int32, copy=False),
     )
+    if sums is not None:
+        vars(matrix)[_SUMS] = sums
     return matrix
 
 
 _EMPTY = vars(sp.csr_matrix((0, 0)))
 """What scipy keeps in a matrix, whatever its version."""
 
+_SUMS = "_cellserve_row_sums"
+
 
 def row_sums(counts: sp.csr_matrix) -> NDArray[np.float64]:
-    """Counts of each cell, (n_cells,), added up in float64 so that no order shows; scipy's own takes six times as long for one cell."""
+    """Counts of each cell, (n_cells,), added up in float64 so that no order shows; scipy's own takes six times as long for one cell.
+
+    They stay with the matrix, since checking, aligning and answering all need them: its counts must not be changed afterwards.
+    """
+    known: NDArray[np.float64] | None = vars(counts).get(_SUMS)
+    if known is not None:
+        return known
     sums = np.zeros(counts.shape[0])
     (filled,) = (counts.indptr[1:] - counts.indptr[:-1]).nonzero()
     if len(filled):
         sums[filled] = np.add.reduceat(counts.data, counts.indptr[filled], dtype=np.float64)
+    sums.setflags(write=False)
+    vars(counts)[_SUMS] = sums
     return sums
+
+
+def some_rows(counts: sp.csr_matrix, start: int, stop: int) -> sp.csr_matrix:
+    """Some rows, without a copy of what they hold."""
+    if (start, stop) == (0, counts.shape[0]):
+        return counts
+    first, last = counts.indptr[start], counts.indptr[stop]
+    return csr(
+        counts.data[first:last],
+        counts.indices[first:last],
+        counts.indptr[start : stop + 1] - first,
+        counts.shape[1],
+        row_sums(counts)[start:stop],
+    )
+
+
+def stacked(parts: Sequence[sp.csr_matrix]) -> sp.csr_matrix:
+    """The rows of all, one after the other."""
+    if len(parts) == 1:
+        return parts[0]
+    ends = np.cumsum([len(part.data) for part in parts])
+    return csr(
+        np.concatenate([part.data for part in parts]),
+        np.concatenate([part.indices for part in parts]),
+        np.concatenate(
+            [parts[0].indptr, *(part.indptr[1:] + end for part, end in zip(parts[1:], ends[:-1], strict=True))]
+        ),
+        parts[0].shape[1],
+        np.concatenate([row_sums(part) for part in parts]),
+    )

@@ -311,7 +311,7 @@ def align(counts: sp.csr_matrix, positions: NDArray[np.int32], n_genes: int, is_
     if is_plain and _is_ascending(counts):
         data = counts.data.astype(np.float32)
         if len(positions) == n_genes and (positions == np.arange(n_genes, dtype=np.int32)).all():
-            return csr(data, counts.indices, counts.indptr, n_genes)
+            return csr(data, counts.indices, counts.indptr, n_genes, row_sums(counts))
         if len(positions) and positions.min() < 0:
             data *= (positions >= 0).astype(np.float32)[counts.indices]
         return csr(data, np.maximum(positions, 0)[counts.indices], counts.indptr, n_genes)

@@ -18,7 +18,7 @@ from opentelemetry.trace import SpanContext
 
 from service import metrics, tracing
 from service.cells.columns import Columns, concatenate, n_cells, take
-from service.cells.counts import csr
+from service.cells.counts import some_rows, stacked
 from service.errors import DeadlinePassed, DeadlineTooShort, QueueFull, ShuttingDown
 from service.inference.lanes import SHORT_ROWS, Lanes
 from service.inference.model import Model
@@ -28,6 +28,13 @@ from service.inference.task import Options, Task
 MAX_WAITING_CHUNKS = 4
 """Chunks of an answer that may wait for a slow client before the request gives up its turn: the bound on an answer's memory."""
 
+
+CHUNK_SECONDS = 0.01
+"""A chunk has as many rows as ran in this time before: what comes with each (answers written and sent, by code that the run has pushed out of
+the processor's caches) is paid less often, and nobody has to wait for long."""
+
+CHUNK_ROWS = 256
+"""A chunk may always have so many rows, however slow the model is."""
 
 FEW_ROWS = SHAPES[0]
 HEADROOM = 1.75
@@ -61,7 +68,7 @@ def choose_here(n_cpus: int) -> Here:
     What other threads would do meanwhile has to wait there, for a CPU or for Python's lock. Where there are more, they do it. A chunk may
     take longer than a few cells do: what comes meanwhile would wait for its end anyway.
     """
-    return Here(rows=256, seconds=0.02, arrow_bytes=2**20) if n_cpus <= 2 else Here()
+    return Here(rows=4096, seconds=2 * CHUNK_SECONDS, arrow_bytes=2**20) if n_cpus <= 2 else Here()
 
 
 @dataclass(frozen=True)
@@ -154,7 +161,7 @@ class Batcher:
         """Make an idle batcher; `start` runs it.
 
         Args:
-            batch_rows: rows that run together at most.
+            batch_rows: rows that run together at most; where they are more than CHUNK_ROWS, as many as run in CHUNK_SECONDS.
             max_queue_rows: rows that may wait. Beyond it requests are refused.
             here: what runs in the event loop.
         """
@@ -168,6 +175,8 @@ class Batcher:
         self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="cellserve-compute")
         self._task: asyncio.Task[None] | None = None
         self._rows_per_second = 0.0
+        self._speed: dict[tuple[str, str], float] = {}
+        """Rows a second of a model and task, in runs of many."""
         self._long_rows: deque[int] = deque(maxlen=N_REMEMBERED)
         """Rows of the long requests that came last, whether they were taken or refused."""
         self._n_coming = 0
@@ -356,7 +365,8 @@ class Batcher:
             n_rows = sum(stop - start for _, start, stop in pieces)
             work = pieces[0][0].work
             kind = (*work.key[:2], work.n_run(n_rows))
-            reason = "full" if n_rows >= self._batch_rows else "idle" if was_idle else "free"
+            limit = self._limit(work)
+            reason = "full" if n_rows >= limit else "idle" if was_idle else "free"
             was_idle = False
             started = self._running_since = time.monotonic()
             try:
@@ -365,7 +375,7 @@ class Batcher:
                 else:
                     columns = await loop.run_in_executor(self._executor, _compute, pieces)
             except Exception as error:
-                self._trace_batch(pieces, started, n_rows, reason, type(error).__name__)
+                self._trace_batch(pieces, started, limit, reason, type(error).__name__)
                 for ticket, _, _ in pieces:
                     # It will not run again: the request ends with this error, and its rows leave the queue with it.
                     _deliver(ticket, error)
@@ -377,14 +387,16 @@ class Batcher:
                 (self._quick.add if seconds < self._here.seconds else self._quick.discard)(kind)
             # From chunk to chunk, not that of the run alone: what else this process does takes its time from the queue as well. Of chunks
             # that are full: a single cell's takes nearly as long as theirs, and says nothing of how fast they would be.
-            if n_rows >= self._batch_rows // 2:
+            if n_rows >= limit // 2:
                 rate = n_rows / (time.monotonic() - free_since)
                 self._rows_per_second = 0.8 * (self._rows_per_second or rate) + 0.2 * rate
+                speed = n_rows / max(seconds, 1e-6)
+                self._speed[work.key[:2]] = 0.8 * self._speed.get(work.key[:2], speed) + 0.2 * speed
             free_since = time.monotonic()
             runs = self.runs[work.model.id][n_rows]
             runs.n_runs, runs.seconds = runs.n_runs + 1, runs.seconds + seconds
-            self._measure(work, n_rows, seconds, reason)
-            batch = self._trace_batch(pieces, started, n_rows, reason)
+            self._measure(work, n_rows, limit, seconds, reason)
+            batch = self._trace_batch(pieces, started, limit, reason)
             position = 0
             for ticket, start, stop in pieces:
                 ticket.compute_seconds += seconds
@@ -396,41 +408,47 @@ class Batcher:
                 _deliver(ticket, take(columns, position, position + stop - start))
                 position += stop - start
 
-    def _measure(self, work: Work, n_rows: int, seconds: float, reason: str) -> None:
+    def _measure(self, work: Work, n_rows: int, limit: int, seconds: float, reason: str) -> None:
         """Count a chunk."""
         task = work.task.name
         n_run = work.n_run(n_rows)
         metrics.series(metrics.BATCHES, task, reason).inc()
         metrics.series(metrics.BATCH_ROWS, task).observe(n_rows)
-        metrics.series(metrics.BATCH_FILL, task).observe(n_rows / self._batch_rows)
+        metrics.series(metrics.BATCH_FILL, task).observe(n_rows / limit)
         metrics.series(metrics.BATCH_PADDING, task).observe(1 - n_rows / n_run)
         metrics.series(metrics.BATCH_SECONDS, task).observe(seconds)
 
     def _trace_batch(
-        self, pieces: list[tuple[Ticket, int, int]], started: float, n_rows: int, reason: str, error: str = ""
+        self, pieces: list[tuple[Ticket, int, int]], started: float, limit: int, reason: str, error: str = ""
     ) -> SpanContext | None:
         """Record a chunk for those of its requests that are traced."""
         requests = [ticket.trace for ticket, _, _ in pieces if ticket.trace is not None]
         if not requests:
             return None
         work = pieces[0][0].work
+        n_rows = sum(stop - start for _, start, stop in pieces)
         attributes: dict[str, str | int | float] = {
             "cellserve.model": work.model.manifest.name,
             "cellserve.version": work.model.manifest.version,
             "cellserve.task": work.task.name,
             "cellserve.requests": len(pieces),
             "cellserve.rows": n_rows,
-            "cellserve.fill": n_rows / self._batch_rows,
+            "cellserve.fill": n_rows / limit,
             "cellserve.padding_rows": work.n_run(n_rows) - n_rows,
             "cellserve.reason": reason,
         }
         return tracing.record_batch(requests, f"batch {work.task.name}", started, time.monotonic(), attributes, error)
 
+    def _limit(self, work: Work) -> int:
+        """Rows of a work that may run together: whole CHUNK_ROWS, which fill the threads of a graph."""
+        quick = int(self._speed.get(work.key[:2], 0.0) * CHUNK_SECONDS) // CHUNK_ROWS
+        return min(self._batch_rows, max(1, quick) * CHUNK_ROWS)
+
     def _next_pieces(self) -> list[tuple[Ticket, int, int]]:
         """The next chunk: (ticket, first row, last row + 1), all of one work. Empty when nothing waits."""
         pieces: list[tuple[Ticket, int, int]] = []
         now = time.monotonic()
-        while not pieces and (taken := self._lanes.take(self._batch_rows)):
+        while not pieces and (taken := self._lanes.take(lambda ticket: self._limit(ticket.work))):
             for ticket, n_rows in taken:
                 ticket.is_waiting = False
                 if not ticket.n_taken:
@@ -452,18 +470,8 @@ class Batcher:
 def _compute(pieces: list[tuple[Ticket, int, int]]) -> Columns:
     """Run one chunk; in the compute thread."""
     work = pieces[0][0].work
-    counts = [_rows(ticket.counts, start, stop) for ticket, start, stop in pieces]
-    return work.task.run(work.model, counts[0] if len(counts) == 1 else sp.vstack(counts, format="csr"), work.options)
-
-
-def _rows(counts: sp.csr_matrix, start: int, stop: int) -> sp.csr_matrix:
-    """Some rows, without a copy of what they hold."""
-    if (start, stop) == (0, counts.shape[0]):
-        return counts
-    first, last = counts.indptr[start], counts.indptr[stop]
-    return csr(
-        counts.data[first:last], counts.indices[first:last], counts.indptr[start : stop + 1] - first, counts.shape[1]
-    )
+    counts = stacked([some_rows(ticket.counts, start, stop) for ticket, start, stop in pieces])
+    return work.task.run(work.model, counts, work.options)
 
 
 def _deliver(ticket: Ticket, result: Columns | BaseException) -> None:

@@ -7,7 +7,7 @@ short request waits for at most a few chunks, and a long one moves forward whate
 """
 
 from collections import OrderedDict, deque
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from typing import Generic, Protocol, TypeVar
 
 SHORT_ROWS = 64
@@ -60,10 +60,13 @@ class Lanes(Generic[Item]):
         """Forget everything."""
         self._works.clear()
 
-    def take(self, n_rows: int) -> list[tuple[Item, int]]:
-        """Remove the next chunk: items of one work, and how many rows of each; at most `n_rows` together. Empty when nothing waits.
+    def take(self, rows_of: Callable[[Item], int]) -> list[tuple[Item, int]]:
+        """Remove the next chunk: items of one work, and how many rows of each. Empty when nothing waits.
 
         An item of which not all rows were taken is no longer here: whoever wants the rest adds it again.
+
+        Args:
+            rows_of: how many rows of an item's work may run together.
         """
         taken: list[tuple[Item, int]] = []
         while self._works and not taken:
@@ -71,6 +74,7 @@ class Lanes(Generic[Item]):
             any_work = self._turn % TURNS == 0
             key = next((key for key, (short, _) in self._works.items() if any_work or short), next(iter(self._works)))
             short, long = self._works.pop(key)
+            n_rows = rows_of((short or long)[0])
             kept_for_long = n_rows // TURNS if any(item.n_left for item in long) else 0
             n_free = n_rows
             for queue, n_kept in ((short, kept_for_long), (long, 0), (short, 0)):

@@ -147,7 +147,7 @@ def test_a_folder_of_settings_is_not_read(monkeypatch: pytest.MonkeyPatch, tmp_p
     """A .env file in the working directory changes nothing: what is set stands in the environment alone."""
     (tmp_path / ".env").write_text("CELLSERVE_BATCH_ROWS=7\n")
     monkeypatch.chdir(tmp_path)
-    assert read_settings().batch_rows == 256
+    assert read_settings().batch_rows == 1024
 
 
 @pytest.mark.parametrize(

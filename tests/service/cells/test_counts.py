@@ -1,12 +1,14 @@
 """The check that values are raw counts."""
 
+import itertools
+
 import numpy as np
 import pytest
 import scipy.sparse as sp
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from service.cells.counts import MAX_EXACT, Cells, check_raw
+from service.cells.counts import MAX_EXACT, Cells, check_raw, row_sums, some_rows, stacked
 from service.errors import NotRawCounts
 from tests.builders import counts
 
@@ -172,3 +174,32 @@ def test_long_names_are_cut() -> None:
     with pytest.raises(NotRawCounts) as refused:
         check_raw(Cells(genes=("g" * 256,), counts=matrix, cell_ids=("c" * 256,)))
     assert len(str(refused.value)) < 300
+
+
+@given(
+    sizes=st.lists(st.integers(0, 5), min_size=1, max_size=4),
+    seed=st.integers(0, 2**16),
+)
+def test_rows_taken_and_stacked_are_those_rows(sizes: list[int], seed: int) -> None:
+    """Whatever is cut out and put together again holds the same counts as scipy's own, and the right sums."""
+    generator = np.random.default_rng(seed)
+    matrix = sp.random(sum(sizes) + 1, 7, density=0.4, format="csr", random_state=generator, dtype=np.float32)
+    ends = np.cumsum([0, *sizes])
+    parts = [some_rows(matrix, start, stop) for start, stop in itertools.pairwise(ends)]
+    joined = stacked([*parts, matrix])
+
+    expected = sp.vstack([matrix[: ends[-1]], matrix], format="csr")
+    np.testing.assert_array_equal(joined.toarray(), expected.toarray())
+    np.testing.assert_array_equal(row_sums(joined), row_sums(expected))
+    for part, start, stop in zip(parts, ends[:-1], ends[1:], strict=True):
+        np.testing.assert_array_equal(row_sums(part), row_sums(matrix[start:stop]))
+
+
+def test_sums_are_added_up_once() -> None:
+    """They stay with the matrix, and nobody can change them by mistake."""
+    matrix = sp.csr_matrix(np.array([[1, 2], [0, 3]], dtype=np.uint8))
+    sums = row_sums(matrix)
+
+    assert row_sums(matrix) is sums
+    with pytest.raises(ValueError, match="read-only"):
+        sums[0] = 1

@@ -30,6 +30,7 @@ class RecordingTask:
     chunks: list[list[float]] = field(default_factory=list)
     gate: threading.Event = field(default_factory=threading.Event)
     poison: float | None = None
+    seconds_per_row: float = 0.0
 
     def __post_init__(self) -> None:
         self.gate.set()
@@ -38,6 +39,7 @@ class RecordingTask:
         self.gate.wait(10)
         first = counts[:, 0].toarray().ravel().astype(np.float32)
         self.chunks.append(first.tolist())
+        time.sleep(self.seconds_per_row * len(first))
         if self.poison is not None and self.poison in first:
             raise RuntimeError("poisoned")
         return {"first": Values(first)}
@@ -86,6 +88,22 @@ async def until(condition: Callable[[], bool]) -> None:
     async with asyncio.timeout(5):
         while not condition():
             await asyncio.sleep(0.001)
+
+
+@pytest.mark.parametrize(("seconds_per_row", "largest"), [(0, 1024), (1 / 20_000, 256)])
+async def test_a_chunk_has_as_many_rows_as_run_in_time(
+    started, recording: RecordingTask, tiny: Model, seconds_per_row: float, largest: int
+) -> None:
+    """The first has 256 rows, and so has each of a slow task; of a quick one they grow to `batch_rows`."""
+    batcher, work = started(batch_rows=1024), Work(tiny, recording.task(), Options())
+    recording.seconds_per_row = seconds_per_row
+    for _ in range(3):
+        assert await answered(batcher, work, rows(*range(2048))) == list(range(2048))
+
+    sizes = [len(chunk) for chunk in recording.chunks]
+    assert sizes[0] == 256
+    assert max(sizes) == largest
+    assert {size % 256 for size in sizes} == {0}
 
 
 async def test_what_waits_runs_together(started, recording: RecordingTask, tiny: Model) -> None:

@@ -30,7 +30,7 @@ class Item:
 
 def next_chunk(lanes: Lanes[Item], work: str = "", n_rows: int = 256) -> list[tuple[str, int]]:
     """Take a chunk, and put back what is left over as the batcher does."""
-    taken = lanes.take(n_rows)
+    taken = lanes.take(lambda _: n_rows)
     for item, n_item in taken:
         item.n_left -= n_item
         if item.n_left:
@@ -103,7 +103,7 @@ def test_who_left_is_passed_over() -> None:
     lanes.add("a", gone)
     gone.n_left = 0
 
-    assert lanes.take(256) == []
+    assert lanes.take(lambda _: 256) == []
     assert not lanes
 
 
