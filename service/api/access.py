@@ -3,6 +3,7 @@
 import logging
 import time
 from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
 
 from starlette.requests import Request
 from starlette.responses import Response
@@ -20,15 +21,23 @@ QUIET = frozenset({"/livez", "/readyz", "/metrics", "/v2/health/live", "/v2/heal
 Endpoint = Callable[[Request], Awaitable[Response]]
 
 
+@dataclass(frozen=True)
+class Labelled:
+    """An endpoint as an application, which tells the middleware its template; Starlette would wrap it twice more, for errors."""
+
+    endpoint: Endpoint
+    template: str
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one request."""
+        scope[TEMPLATE] = self.template
+        response = await self.endpoint(Request(scope, receive, send))
+        await response(scope, receive, send)
+
+
 def route(path: str, endpoint: Endpoint, method: str) -> Route:
-    """A route that tells the middleware its template, in which `:path` marks a parameter that may hold slashes."""
-    template = path.replace(":path}", "}")
-
-    async def labelled(request: Request) -> Response:
-        request.scope[TEMPLATE] = template
-        return await endpoint(request)
-
-    return Route(path, labelled, methods=[method])
+    """A route of one method, in whose path `:path` marks a parameter that may hold slashes."""
+    return Route(path, Labelled(endpoint, path.replace(":path}", "}")), methods=[method])
 
 
 class Access:

@@ -6,7 +6,7 @@ from typing import Any
 
 import orjson
 from starlette.exceptions import HTTPException
-from starlette.requests import ClientDisconnect, Request
+from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -153,21 +153,16 @@ class Problems:
                 # The status is out. Breaking the connection is the one way left to say that the answer is not whole.
                 logger.exception("an answer broke off", extra={"error": str(error)})
                 raise
-            await form_at(scope["path"])(_known(error))(scope, receive, send)
+            await form_at(scope["path"])(_known(error, scope))(scope, receive, send)
 
 
-def _known(error: Exception) -> errors.CellserveError:
+def _known(error: Exception, scope: Scope) -> errors.CellserveError:
+    """The error that was raised, or what it is in ours: Starlette's router raises its own where it finds no endpoint."""
     if isinstance(error, errors.CellserveError):
         return error
+    if isinstance(error, HTTPException) and error.status_code == 404:
+        return errors.RouteNotFound()
+    if isinstance(error, HTTPException) and error.status_code == 405:
+        return errors.MethodNotAllowed(method=scope["method"], allowed=(error.headers or {}).get("Allow", ""))
     logger.exception("unexpected error", exc_info=error)
     return errors.CellserveError()
-
-
-async def from_starlette(request: Request, error: Exception) -> Response:
-    """The answer for what Starlette's router raises. A coroutine, because Starlette calls a plain function in a thread."""
-    answer = form_at(request.scope.get("path", ""))
-    if isinstance(error, HTTPException) and error.status_code == 404:
-        return answer(errors.RouteNotFound())
-    if isinstance(error, HTTPException) and error.status_code == 405:
-        return answer(errors.MethodNotAllowed(method=request.method, allowed=(error.headers or {}).get("Allow", "")))
-    return answer(_known(error))

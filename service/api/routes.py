@@ -1,11 +1,11 @@
 """The HTTP application: one route per task, the catalogue, health, metrics and the OpenAPI document."""
 
 from starlette.applications import Starlette
-from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
+from starlette.types import ASGIApp
 
 from service import metrics
 from service.api import catalogue, explanations, genes_check, health, oip, oip_infer, openapi, problems, whole_query
@@ -17,6 +17,17 @@ from service.api.tasks import endpoint
 from service.api.traced import Traced
 from service.inference import TASKS
 from service.inference.questions import QUESTIONS
+
+
+class Api(Starlette):
+    """Starlette without its own two middlewares for errors: Problems answers all of them, and each request would pay for both."""
+
+    def build_middleware_stack(self) -> ASGIApp:
+        """The router inside the middlewares that were given, the first outermost."""
+        app: ASGIApp = self.router
+        for middleware, args, kwargs in reversed(self.user_middleware):
+            app = middleware(app, *args, **kwargs)
+        return app
 
 
 def build_api(state: State) -> Starlette:
@@ -47,7 +58,7 @@ def build_api(state: State) -> Starlette:
         route("/docs.json", _docs, "GET"),
     ]
     traced = [Middleware(Traced, traces=state.traces)] if state.traces is not None else []
-    app = Starlette(
+    app = Api(
         routes=routes,
         # The id first, so that every line and problem below carries it; problems innermost, so that their status is measured.
         middleware=[
@@ -57,7 +68,6 @@ def build_api(state: State) -> Starlette:
             Middleware(Access),
             Middleware(problems.Problems),
         ],
-        exception_handlers={HTTPException: problems.from_starlette},
     )
     app.router.redirect_slashes = False
     app.state.cellserve = state

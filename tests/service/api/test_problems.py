@@ -8,7 +8,7 @@ from typing import Any, get_type_hints
 
 import pytest
 from starlette.exceptions import HTTPException
-from starlette.requests import ClientDisconnect, Request
+from starlette.requests import ClientDisconnect
 from starlette.types import Message
 
 from service import errors, metrics
@@ -134,11 +134,14 @@ async def test_cancelling_is_no_error(caplog: pytest.LogCaptureFixture) -> None:
 @pytest.mark.parametrize("status", [400, 404, 405, 418, 500])
 async def test_what_the_router_raises(status: int) -> None:
     """Every HTTPException of Starlette becomes a problem with a code of ours, and 404 and 405 their own."""
-    request = Request({"type": "http", "method": "PATCH", "headers": []})
-    answer = await problems.from_starlette(request, HTTPException(status, "their words", {"Allow": "GET"}))
-    document = json.loads(bytes(answer.body))
+
+    async def raising(*_: object) -> None:
+        raise HTTPException(status, "their words", {"Allow": "GET"})
+
+    start, content = await asked(raising, method="PATCH")
+    document = json.loads(content["body"])
 
     assert document["code"] == {404: "not_found", 405: "method_not_allowed"}.get(status, "internal_error")
-    assert "their words" not in answer.body.decode()
+    assert "their words" not in content["body"].decode()
     if status == 405:
-        assert (answer.headers["allow"], document["method"]) == ("GET", "PATCH")
+        assert (dict(start["headers"])[b"allow"], document["method"]) == (b"GET", "PATCH")
