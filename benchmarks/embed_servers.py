@@ -8,7 +8,8 @@ while the others are stopped (SIGSTOP); clients share the CPUs with the server t
 what a client waits for: sending a request that was prepared beforehand, reading the whole answer and making it an array
 (servers/clients.py). The other servers get dense matrices and are spared the work of making them. scvi-tools has all cells in memory,
 pays for no HTTP, and counts with its best minibatch size. One cell is asked for at a fixed rate, whether or not the last answer has come
-(open loop); its time counts from when it was due.
+(open loop); its time counts from when it was due. Between such requests the machine idles and caches grow cold, so that one cell is also
+asked for without a pause (closed loop).
 
 With --provider cuda all sides run on the GPU (environments with onnxruntime-gpu, and a torch with CUDA); the result goes to
 embed_servers_cuda.json. cellserve runs graphs by plain session.run there, without IO binding or pinned buffers.
@@ -107,6 +108,20 @@ def latencies(connect: Connect, port: int, rate: float, seconds: float) -> list[
     return spent
 
 
+def closed_loop(connect: Connect, port: int, seconds: float) -> list[float]:
+    """Milliseconds of each request of one client that asks again at once."""
+    spent: list[float] = []
+
+    def work(number: int, ask: Ask, begin: float) -> None:
+        while (asked := time.perf_counter()) < begin + seconds:
+            number += 1
+            ask(number)
+            spent.append(1e3 * (time.perf_counter() - asked))
+
+    side_by_side(connect, port, 1, work)
+    return spent
+
+
 @contextlib.contextmanager
 def scvi_tools(work: Workload, provider: str) -> Iterator[Callable[[int, float], float]]:
     """scvi-tools with the same network loaded; gives cells a second of a minibatch size, measured for so many seconds."""
@@ -164,8 +179,10 @@ def measure_size(n_genes: int, options: argparse.Namespace) -> dict[str, Any]:
                     for n_clients in CLIENTS:
                         note(side, f"{n_clients}_clients", throughput(connect, port, n_clients, options.seconds))
                     spent = latencies(single[side], port, options.rate, options.latency_seconds)
+                    without_pause = closed_loop(single[side], port, options.seconds)
                 note(side, "p50_ms", float(np.quantile(spent, 0.5)))
                 note(side, "p99_ms", float(np.quantile(spent, 0.99)))
+                note(side, "closed_p50_ms", float(np.quantile(without_pause, 0.5)))
             # The best size shows in the first round; after it only the best two go on.
             best = sorted(scvi, key=lambda size: -statistics.median(scvi[size])) if turn else list(scvi)
             with paused(server.pid for server in servers.values()):
@@ -217,7 +234,7 @@ def ratios(size: dict[str, Any]) -> dict[str, float]:
             found[f"{name}_to_best_server"] = round(ours[name] / max(other[name] for other in others), 2)
         found[f"{name}_to_scvi_tools"] = round(ours[name] / size["scvi_tools"]["cells_per_second"], 2)
     triton = [found for side, found in size["sides"].items() if side.startswith("Triton")]
-    for name in ("p50_ms", "p99_ms"):
+    for name in ("p50_ms", "p99_ms", "closed_p50_ms"):
         if triton:
             found[f"{name}_to_triton"] = round(ours[name] / min(other[name] for other in triton), 2)
     return found
