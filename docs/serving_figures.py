@@ -60,7 +60,9 @@ def single_cells() -> str:
         rows.append((side, *times, " / ".join(f"{one['memory_mb']:,}" if one else "" for one in found)))
     ratios = (_times(size["ratios"], "_to_triton") for size in sizes.values())
     rows.append(("**cellserve: ratio to Triton**", *ratios, ""))
-    how = f"{result['rate']:g} requests of one cell a second, due at fixed times; and one client that asks again at once."
+    how = (
+        f"{result['rate']:g} requests of one cell a second, due at fixed times; and one client that asks again at once."
+    )
     return f"{table(tuple(header), rows)}\n{how}\n"
 
 

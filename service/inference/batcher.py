@@ -36,6 +36,9 @@ the processor's caches) is paid less often, and nobody has to wait for long."""
 CHUNK_ROWS = 256
 """A chunk may always have so many rows, however slow the model is."""
 
+IDLE_SECONDS = 5e-5
+"""A turn of the event loop that takes less had nothing to do."""
+
 FEW_ROWS = SHAPES[0]
 HEADROOM = 1.75
 """An answer is expected so many times later than its rows alone would take: it must be written and sent as well, and others may go before.
@@ -353,7 +356,7 @@ class Batcher:
         free_since, was_idle, is_here = time.monotonic(), True, False
         while True:
             if is_here:
-                await asyncio.sleep(0)  # others of this loop have their turn, however many such requests wait
+                await _others_turn()
                 is_here = False
             pieces = self._next_pieces()
             if not pieces:
@@ -364,8 +367,9 @@ class Batcher:
                 continue
             n_rows = sum(stop - start for _, start, stop in pieces)
             work = pieces[0][0].work
-            kind = (*work.key[:2], work.n_run(n_rows))
-            limit = self._limit(work)
+            # More rows than CHUNK_ROWS are together only where they are quick (`_limit`).
+            kind = (*work.key[:2], work.n_run(min(n_rows, CHUNK_ROWS)))
+            limit = self._limit(pieces[0][0])
             reason = "full" if n_rows >= limit else "idle" if was_idle else "free"
             was_idle = False
             started = self._running_since = time.monotonic()
@@ -383,7 +387,7 @@ class Batcher:
             finally:
                 self._running_since = None
             seconds = time.monotonic() - started
-            if n_rows <= self._here.rows:
+            if n_rows <= min(self._here.rows, CHUNK_ROWS):
                 (self._quick.add if seconds < self._here.seconds else self._quick.discard)(kind)
             # From chunk to chunk, not that of the run alone: what else this process does takes its time from the queue as well. Of chunks
             # that are full: a single cell's takes nearly as long as theirs, and says nothing of how fast they would be.
@@ -439,16 +443,19 @@ class Batcher:
         }
         return tracing.record_batch(requests, f"batch {work.task.name}", started, time.monotonic(), attributes, error)
 
-    def _limit(self, work: Work) -> int:
-        """Rows of a work that may run together: whole CHUNK_ROWS, which fill the threads of a graph."""
-        quick = int(self._speed.get(work.key[:2], 0.0) * CHUNK_SECONDS) // CHUNK_ROWS
+    def _limit(self, first: Ticket) -> int:
+        """Rows that may run in a chunk that begins with a ticket: whole CHUNK_ROWS, which fill the threads of a graph.
+
+        No more than CHUNK_ROWS behind a short request, which has its answer when all have run.
+        """
+        quick = 1 if first.is_short else int(self._speed.get(first.work.key[:2], 0.0) * CHUNK_SECONDS) // CHUNK_ROWS
         return min(self._batch_rows, max(1, quick) * CHUNK_ROWS)
 
     def _next_pieces(self) -> list[tuple[Ticket, int, int]]:
         """The next chunk: (ticket, first row, last row + 1), all of one work. Empty when nothing waits."""
         pieces: list[tuple[Ticket, int, int]] = []
         now = time.monotonic()
-        while not pieces and (taken := self._lanes.take(lambda ticket: self._limit(ticket.work))):
+        while not pieces and (taken := self._lanes.take(self._limit)):
             for ticket, n_rows in taken:
                 ticket.is_waiting = False
                 if not ticket.n_taken:
@@ -465,6 +472,19 @@ class Batcher:
                 if ticket.n_left and len(ticket.results) + 1 < MAX_WAITING_CHUNKS:
                     self._enqueue(ticket)
         return pieces
+
+
+async def _others_turn() -> None:
+    """Let others of this loop do what they have to, however many chunks wait.
+
+    A request takes several turns of the loop from its first byte to its last, and one connection is accepted in each: with a chunk between
+    any two of them single cells would wait for several chunks, and new clients for seconds.
+    """
+    began = time.monotonic()
+    n_idle = 0
+    while n_idle < 2 and (turn := time.monotonic()) - began < CHUNK_SECONDS / 2:
+        await asyncio.sleep(0)
+        n_idle = n_idle + 1 if time.monotonic() - turn < IDLE_SECONDS else 0
 
 
 def _compute(pieces: list[tuple[Ticket, int, int]]) -> Columns:

@@ -106,6 +106,24 @@ async def test_a_chunk_has_as_many_rows_as_run_in_time(
     assert {size % 256 for size in sizes} == {0}
 
 
+async def test_a_short_request_waits_for_few_rows(started, recording: RecordingTask, tiny: Model) -> None:
+    """However many rows a chunk may have: one that begins with a short request has 256, for it has its answer when all have run."""
+    batcher, work = started(batch_rows=1024), Work(tiny, recording.task(), Options())
+    await answered(batcher, work, rows(*range(4096)))
+    recording.gate.clear()
+    held = asyncio.create_task(answered(batcher, work, rows(-2)))
+    await until(lambda: batcher._n_queued == 0 and bool(batcher._tickets))
+    long = asyncio.create_task(answered(batcher, work, rows(*range(2048))))
+    short = asyncio.create_task(answered(batcher, work, rows(-1)))
+    await until(lambda: batcher._n_queued == 2049)
+    recording.gate.set()
+    await asyncio.gather(held, long, short)
+
+    (at,) = (number for number, chunk in enumerate(recording.chunks) if chunk[0] == -1)
+    assert len(recording.chunks[at]) == 256
+    assert max(map(len, recording.chunks[at + 1 :])) == 1024
+
+
 async def test_what_waits_runs_together(started, recording: RecordingTask, tiny: Model) -> None:
     """While one chunk runs, what arrives is taken as one; an idle batcher runs a request at once."""
     batcher, work = started(), Work(tiny, recording.task(), Options())
