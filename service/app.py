@@ -61,9 +61,8 @@ class DirectService(Service[Any]):
         async def app(scope: Scope, receive: Receive, send: Send) -> None:
             nonlocal api
             if scope["type"] == "http":
-                api = (
-                    api or bentoml.get_current_service().api
-                )  # asked once: for each request it would cost as much as routing it
+                # Asked once: looking for it costs as much as finding the route of a request.
+                api = api or bentoml.get_current_service().api
                 await api(scope, receive, send)
             else:
                 await lifecycle(scope, receive, send)

@@ -28,7 +28,6 @@ from service.inference.task import Options, Task
 MAX_WAITING_CHUNKS = 4
 """Chunks of an answer that may wait for a slow client before the request gives up its turn: the bound on an answer's memory."""
 
-
 CHUNK_SECONDS = 0.01
 """A chunk has as many rows as ran in this time before: what comes with each (answers written and sent, by code that the run has pushed out of
 the processor's caches) is paid less often, and nobody has to wait for long."""
@@ -390,8 +389,8 @@ class Batcher:
             if n_rows <= min(self._here.rows, CHUNK_ROWS):
                 (self._quick.add if seconds < self._here.seconds else self._quick.discard)(kind)
             # From chunk to chunk, not that of the run alone: what else this process does takes its time from the queue as well. Of chunks
-            # that are full: a single cell's takes nearly as long as theirs, and says nothing of how fast they would be.
-            if n_rows >= limit // 2:
+            # with many rows: a single cell's takes nearly as long as theirs, and says nothing of how fast they would be.
+            if n_rows >= min(limit, CHUNK_ROWS) // 2:
                 rate = n_rows / (time.monotonic() - free_since)
                 self._rows_per_second = 0.8 * (self._rows_per_second or rate) + 0.2 * rate
                 speed = n_rows / max(seconds, 1e-6)
