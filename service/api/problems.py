@@ -129,6 +129,10 @@ def _headers(error: errors.CellserveError) -> dict[str, str]:
     return headers
 
 
+class AnswerBrokeOff(Exception):
+    """What the server hears, and logs, in place of an error of ours: the code, without what the client sent."""
+
+
 class Problems:
     """Middleware that turns whatever is raised into a problem; nothing of a stack trace leaves the process."""
 
@@ -151,7 +155,10 @@ class Problems:
         except Exception as error:
             if has_started:
                 # The status is out. Breaking the connection is the one way left to say that the answer is not whole.
-                logger.exception("an answer broke off", extra={"error": str(error)})
+                if isinstance(error, errors.CellserveError):
+                    logger.error("an answer broke off", extra={"code": error.code})  # noqa: TRY400 - its sentence may name a gene
+                    raise AnswerBrokeOff(error.code) from None
+                logger.exception("an answer broke off")
                 raise
             await form_at(scope["path"])(_known(error, scope))(scope, receive, send)
 

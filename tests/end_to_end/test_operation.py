@@ -2,15 +2,20 @@
 
 import json
 import re
+import threading
+from collections.abc import Iterator
 
 import anndata as ad
 import httpx
+import pytest
+import scipy.sparse as sp
 from prometheus_client.parser import text_string_to_metric_families
 
+from service.client import CellserveProblem, Client
 from service.inference import TASKS
 from tests.builders import arrow_body
 from tests.end_to_end.conftest import VERSION
-from tests.end_to_end.server import Server
+from tests.end_to_end.server import Server, until
 
 ARROW = {"Content-Type": "application/vnd.apache.arrow.stream"}
 
@@ -70,7 +75,7 @@ def test_random_paths_make_one_series(server: Server) -> None:
     assert not any("wp-admin" in route for route in routes)
 
 
-def test_logs_are_json_and_hold_no_cell_or_gene(server: Server, cells: ad.AnnData) -> None:
+async def test_logs_are_json_and_hold_no_cell_or_gene(server: Server, cells: ad.AnnData) -> None:
     """Each request is one line of JSON with the id that the client sent; nothing of its cells is written, refused or not."""
     secret = tuple(f"PATIENT-{number}" for number in range(cells.n_obs))
     body = arrow_body(cells.X, tuple(cells.var_names), cell_ids=secret)
@@ -80,12 +85,25 @@ def test_logs_are_json_and_hold_no_cell_or_gene(server: Server, cells: ad.AnnDat
         content=arrow_body(cells.X * 0.5, tuple(cells.var_names), cell_ids=secret),
         headers=ARROW,
     )
+    has_begun = threading.Event()
+
+    def good_then_bad() -> Iterator[sp.csr_matrix]:
+        yield cells.X
+        assert has_begun.wait(10)
+        yield cells.X * 0.5
+
+    with Client(server.url) as client:
+        answers = client.stream("embed", good_then_bad(), list(cells.var_names), on_progress=lambda *_: has_begun.set())
+        with pytest.raises(CellserveProblem):
+            list(answers)
+    await until(lambda: "Exception in ASGI application" in server.log())
     log = server.log()
     lines = [json.loads(line) for line in log.splitlines() if line.startswith("{")]
 
     assert any(line.get("request_id") == "my-own-id" and line["route"] == "/v1/embed" for line in lines)
     assert "PATIENT" not in log
-    assert not set(re.findall(r"[A-Z0-9-]{4,}", log)) & set(cells.var_names)
+    found = set(re.findall(r"[A-Z0-9-]{4,}", log)) & set(cells.var_names)
+    assert not found, [line for line in log.splitlines() if any(one in line for one in found)][:3]
     assert "PATIENT" not in httpx.get(server.url + "/metrics").text
 
 

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import logging
+import traceback
 from dataclasses import fields
 from typing import Any, get_type_hints
 
@@ -13,8 +14,8 @@ from starlette.types import Message
 
 from service import errors, metrics
 from service.api import problems
-from service.api.problems import Problems, problem
-from service.errors import CellserveError
+from service.api.problems import AnswerBrokeOff, Problems, problem
+from service.errors import CellserveError, NotRawCounts
 
 EXAMPLES: dict[Any, Any] = {int: 3, float: 0.25, str: "some {words} % with 'signs'\n", dict[str, str]: {"m@1": "ready"}}
 
@@ -118,6 +119,21 @@ async def test_an_answer_that_breaks_off(caplog: pytest.LogCaptureFixture) -> No
     assert [message["type"] for message in sent] == ["http.response.start", "http.response.body"]
     assert sent[-1]["more_body"]
     assert "an answer broke off" in caplog.text
+
+
+async def test_what_broke_off_names_no_gene(caplog: pytest.LogCaptureFixture) -> None:
+    """The log says which error broke an answer off, and the server hears no more than that: its sentence names a cell and a gene."""
+
+    async def halfway(scope: object, receive: object, send) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        raise NotRawCounts("Cell 7 ('PATIENT-7')", "fractional", 1, "0.5", "LAPTM5", "")
+
+    with pytest.raises(AnswerBrokeOff, match=r"^not_raw_counts$") as raised:
+        await asked(halfway)
+    said = caplog.text + "".join(traceback.format_exception(raised.value))
+    assert "an answer broke off" in said
+    assert "LAPTM5" not in said
+    assert "PATIENT" not in said
 
 
 async def test_cancelling_is_no_error(caplog: pytest.LogCaptureFixture) -> None:
