@@ -144,8 +144,9 @@ bench-variants: $(DEV)/.ready $(SERVE)/.ready $(BENCH)/.ready  ## embedding in 8
 bench-cold-start: $(DEV)/.ready $(SERVE)/.ready $(SERVERS)/.ready  ## from start to ready and first answer, and memory, beside the same servers
 	CELLSERVE_TEST_SERVER_PYTHON=$(SERVE)/bin/python $(DEV)/bin/python -m benchmarks.cold_start
 
-bench-overload: $(DEV)/.ready $(SERVE)/.ready  ## ten times capacity for two minutes: goodput, refusals, memory
-	CELLSERVE_TEST_SERVER_PYTHON=$(SERVE)/bin/python $(DEV)/bin/python -m benchmarks.overload
+bench-overload: $(DEV)/.ready $(SERVE)/.ready  ## ten times capacity for two minutes, in requests of two sizes: goodput, refusals, memory
+	-CELLSERVE_TEST_SERVER_PYTHON=$(SERVE)/bin/python $(DEV)/bin/python -m benchmarks.overload
+	CELLSERVE_TEST_SERVER_PYTHON=$(SERVE)/bin/python $(DEV)/bin/python -m benchmarks.overload --cells 8192 --output benchmarks/overload_large.json
 
 bench-stream: $(DEV)/.ready $(SERVE)/.ready  ## a million cells through one request: memory at both ends
 	CELLSERVE_TEST_SERVER_PYTHON=$(SERVE)/bin/python $(DEV)/bin/python -m benchmarks.million_cells

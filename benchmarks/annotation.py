@@ -326,9 +326,10 @@ def main() -> int:
             warm(name, parts, seeds, methods[SCANVI])
             continue
         found = [PARTS[part](name, seeds, methods) for part in parts]
-        known[name] = known.get(name, {}) | {"machine": machine()}
-        known[name]["n_seeds"] = known[name].get("n_seeds", {}) | {part: seeds.of(part) for part in parts}
-        known[name] |= {key: value for one in found for key, value in one.items()}
+        before = known.get(name, {})
+        known[name] = before | {key: value for one in found for key, value in one.items()}
+        known[name]["machine"] = before.get("machine", {}) | dict.fromkeys(parts, machine())
+        known[name]["n_seeds"] = before.get("n_seeds", {}) | {part: seeds.of(part) for part in parts}
         options.output.write_text(json.dumps(known, indent=1, ensure_ascii=False) + "\n")
         show(name, known[name])
     return 0

@@ -200,7 +200,8 @@ def make_requests(size: int, n_nonzero: int, deadline: float, n_requests: int = 
     person = request(path, next(bodies(counts[:1], list(genes), 1)), ARROW, **headers)
     if n_nonzero:
         counts = thinned(counts, n_nonzero)
-    pieces = (counts[number * size : (number + 1) * size] for number in range(n_requests))
+    # From the first cell again after the last, where they are fewer than the requests hold.
+    pieces = (counts[np.arange(number * size, (number + 1) * size) % counts.shape[0]] for number in range(n_requests))
     return [request(path, next(bodies(piece, list(genes), size)), ARROW, **headers) for piece in pieces], person
 
 

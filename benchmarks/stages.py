@@ -10,6 +10,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from rich.table import Table
 from benchmarks.embed_http import ROOT, query_cells
 from benchmarks.machine import machine
 from service.cells.columns import Columns
-from service.cells.counts import check_raw
+from service.cells.counts import Cells, check_raw, csr
 from service.cells.formats.arrow import FORMAT, ArrowWriter
 from service.cells.genes import align
 from service.client import bodies
@@ -45,6 +46,12 @@ def microseconds(work: Callable[[], object], seconds: float = 0.7) -> float:
         work()
         spent.append(time.perf_counter() - started)
     return 1e6 * statistics.median(spent)
+
+
+def as_new(cells: Cells) -> Cells:
+    """The same cells without the sums that stay with a matrix once they are known."""
+    counts = cells.counts
+    return replace(cells, counts=csr(counts.data, counts.indices, counts.indptr, counts.shape[1]))
 
 
 def serialise(head: dict[str, Any], columns: Columns) -> bytes:
@@ -84,7 +91,7 @@ def main() -> None:
             "bytes": len(body),
             "floor_read": round(len(body) / copy_rate, 1),
             "read": round(microseconds(lambda body=body: FORMAT.read(body, 2**30))),
-            "check": round(microseconds(lambda cells=cells: check_raw(cells))),
+            "check": round(microseconds(lambda cells=cells: check_raw(as_new(cells)))),
             "align": round(microseconds(lambda cells=cells, at=positions: align(cells.counts, at, n_genes, True))),
             "encode": round(microseconds(lambda query=query: model.encode(query.counts))),
             "floor_encode": round(2 * size * float(sum(weights)) / flop_rate, 1),

@@ -117,33 +117,34 @@ def cold_start() -> str:
 
 
 def overload() -> str:
-    """benchmarks/overload.json, which `make bench-overload` writes."""
-    result = json.loads((ROOT / "benchmarks/overload.json").read_text())
+    """benchmarks/overload.json and overload_large.json, which `make bench-overload` writes."""
+    columns = [
+        _overloaded(json.loads((ROOT / f"benchmarks/{name}.json").read_text()))
+        for name in ("overload", "overload_large")
+    ]
+    return table(("", "", ""), [(what, *(column[what] for column in columns)) for what in columns[0]])
+
+
+def _overloaded(result: dict[str, Any]) -> dict[str, str]:
     bulk, single, memory = result["overload"], result["single_cells"], result["memory_mb"]
     capacity = result["capacity_cells_per_second"]
     outcomes = "; ".join(f"{name}: {number:,}" for name, number in sorted(bulk["outcomes"].items()))
     retry_after = bulk["retry_after_seconds"]
-    rows = [
-        (
-            "seconds; cells per request; deadline in seconds",
-            f"{result['seconds']:g}; {result['cells_per_request']:,}; {result['deadline_seconds']:g}",
-        ),
-        (
-            "cells/s: capacity before and after; beside the same load on a server that only refuses; offered",
-            f"{capacity['before']:,}, {capacity['after']:,}; {capacity['beside_load']:,}; {result['offered_cells_per_second']:,}",
-        ),
-        (
-            "goodput, cells/s; share of capacity; of capacity beside that load",
-            f"{result['goodput_cells_per_second']:,}; {result['goodput_to_capacity']:.2f}; "
-            f"{result['goodput_to_capacity_beside_load']:.2f}",
-        ),
-        ("requests by outcome", outcomes),
-        ("Retry-After, seconds", f"{min(retry_after)} to {max(retry_after)}" if retry_after else "none"),
-        ("accepted requests, p50 and p99 in ms", f"{bulk['accepted_ms_p50']}, {bulk['accepted_ms_p99']}"),
-        ("single cells meanwhile, p50 and p99 in ms", f"{single['accepted_ms_p50']}, {single['accepted_ms_p99']}"),
-        ("memory in MB (RSS), second and last quarter", f"{memory['second_quarter']}, {memory['last_quarter']}"),
-    ]
-    return table(("", "measured"), rows)
+    return {
+        "cells per request": f"{result['cells_per_request']:,}",
+        "seconds; deadline in seconds": f"{result['seconds']:g}; {result['deadline_seconds']:g}",
+        "capacity before and after, cells/s": f"{capacity['before']:,}, {capacity['after']:,}",
+        "capacity beside the same load on a server that only refuses": f"{capacity['beside_load']:,}",
+        "offered, cells/s": f"{result['offered_cells_per_second']:,}",
+        "goodput, cells/s": f"{result['goodput_cells_per_second']:,}",
+        "share of capacity; of that beside the load": f"{result['goodput_to_capacity']:.2f}; "
+        f"{result['goodput_to_capacity_beside_load']:.2f}",
+        "requests by outcome": outcomes,
+        "Retry-After, seconds": f"{min(retry_after)} to {max(retry_after)}" if retry_after else "none",
+        "accepted requests, p50 and p99 in ms": f"{bulk['accepted_ms_p50']}, {bulk['accepted_ms_p99']}",
+        "single cells meanwhile, p50 and p99 in ms": f"{single['accepted_ms_p50']}, {single['accepted_ms_p99']}",
+        "memory in MB (RSS), second and last quarter": f"{memory['second_quarter']}, {memory['last_quarter']}",
+    }
 
 
 def million_cells() -> str:

@@ -15,8 +15,9 @@ from service.api.state import State
 from service.api.uploads import Uploads
 from service.contract.store import Store
 from service.inference.answer_cache import AnswerCache
-from service.inference.batcher import Batcher, choose_here
+from service.inference.batcher import Batcher
 from service.inference.cached import CachedRuns
+from service.inference.here import choose_here
 from service.inference.models import Models
 from service.inference.session import choose_runtime, usable_cpus
 from service.inference.shadow import Shadows

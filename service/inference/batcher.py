@@ -20,57 +20,23 @@ from service import metrics, tracing
 from service.cells.columns import Columns, concatenate, n_cells, take
 from service.cells.counts import some_rows, stacked
 from service.errors import DeadlinePassed, DeadlineTooShort, QueueFull, ShuttingDown
+from service.inference.here import CHUNK_SECONDS, Here, others_turn
 from service.inference.lanes import SHORT_ROWS, Lanes
 from service.inference.model import Model
-from service.inference.session import SHAPES
 from service.inference.task import Options, Task
 
 MAX_WAITING_CHUNKS = 4
 """Chunks of an answer that may wait for a slow client before the request gives up its turn: the bound on an answer's memory."""
 
-CHUNK_SECONDS = 0.01
-"""A chunk has as many rows as ran in this time before: what comes with each (answers written and sent, by code that the run has pushed out of
-the processor's caches) is paid less often, and nobody has to wait for long."""
-
 CHUNK_ROWS = 256
 """A chunk may always have so many rows, however slow the model is."""
 
-IDLE_SECONDS = 5e-5
-"""A turn of the event loop that takes less had nothing to do."""
-
-FEW_ROWS = SHAPES[0]
 HEADROOM = 1.75
 """An answer is expected so many times later than its rows alone would take: it must be written and sent as well, and others may go before.
 With 1.5 one answer in a hundred came too late under ten times the load (`make bench-overload`)."""
 
 N_REMEMBERED = 8
 """The next long request is taken to have as many cells as the smallest of so many that came last."""
-
-QUICK_SECONDS = 0.002
-"""A few rows of a task that took less than this the last time run in the event loop: two changes of threads would take longer."""
-
-
-@dataclass(frozen=True)
-class Here:
-    """What is done in the event loop instead of a thread: others wait for that long, and two changes of threads are saved."""
-
-    rows: int = FEW_ROWS
-    """Cells that run in it,"""
-
-    seconds: float = QUICK_SECONDS
-    """if so many took less the last time."""
-
-    arrow_bytes: int = 0
-    """Longest Arrow body that is parsed in it, if it is not compressed."""
-
-
-def choose_here(n_cpus: int) -> Here:
-    """Whole chunks, too, where there are no more CPUs than the threads of a graph fill.
-
-    What other threads would do meanwhile has to wait there, for a CPU or for Python's lock. Where there are more, they do it. A chunk may
-    take longer than a few cells do: what comes meanwhile would wait for its end anyway.
-    """
-    return Here(rows=4096, seconds=2 * CHUNK_SECONDS, arrow_bytes=2**20) if n_cpus <= 2 else Here()
 
 
 @dataclass(frozen=True)
@@ -355,7 +321,7 @@ class Batcher:
         free_since, was_idle, is_here = time.monotonic(), True, False
         while True:
             if is_here:
-                await _others_turn()
+                await others_turn()
                 is_here = False
             pieces = self._next_pieces()
             if not pieces:
@@ -471,19 +437,6 @@ class Batcher:
                 if ticket.n_left and len(ticket.results) + 1 < MAX_WAITING_CHUNKS:
                     self._enqueue(ticket)
         return pieces
-
-
-async def _others_turn() -> None:
-    """Let others of this loop do what they have to, however many chunks wait.
-
-    A request takes several turns of the loop from its first byte to its last, and one connection is accepted in each: with a chunk between
-    any two of them single cells would wait for several chunks, and new clients for seconds.
-    """
-    began = time.monotonic()
-    n_idle = 0
-    while n_idle < 2 and (turn := time.monotonic()) - began < CHUNK_SECONDS / 2:
-        await asyncio.sleep(0)
-        n_idle = n_idle + 1 if time.monotonic() - turn < IDLE_SECONDS else 0
 
 
 def _compute(pieces: list[tuple[Ticket, int, int]]) -> Columns:
