@@ -201,16 +201,18 @@ def row_sums(counts: sp.csr_matrix) -> NDArray[np.float64]:
 
 
 def some_rows(counts: sp.csr_matrix, start: int, stop: int) -> sp.csr_matrix:
-    """Some rows, without a copy of what they hold."""
+    """Some rows, without a copy of what they hold, and with their sums where those of all are known."""
     if (start, stop) == (0, counts.shape[0]):
         return counts
     first, last = counts.indptr[start], counts.indptr[stop]
+    # Not added up here: numpy would make a copy of all counts for it, and those of a file that was sent stay on disk.
+    sums: NDArray[np.float64] | None = vars(counts).get(_SUMS)
     return csr(
         counts.data[first:last],
         counts.indices[first:last],
         counts.indptr[start : stop + 1] - first,
         counts.shape[1],
-        row_sums(counts)[start:stop],
+        None if sums is None else sums[start:stop],
     )
 
 
