@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from service.inference.session import SHAPES
 
 CHUNK_SECONDS = 0.01
-"""A chunk has as many rows as ran in this time before: what comes with each (answers written and sent, by code that the run has pushed out of
-the processor's caches) is paid less often, and nobody has to wait for long."""
+"""A chunk has as many rows as ran in this time before: what comes with each (answers written and sent, which takes longer between
+runs than by itself) is paid less often, and nobody has to wait for long."""
 
 IDLE_SECONDS = 5e-5
 """A turn of the event loop that takes less had nothing to do."""
