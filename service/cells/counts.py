@@ -73,7 +73,8 @@ def check_raw(cells: Cells, n_before: int = 0) -> CountsReport:
     values = cells.counts.data
     kind = values.dtype.kind
     # One number decides each question where all is well; where it is is looked for only when it is not.
-    lowest, highest = (values.min(), values.max()) if len(values) else (0, 0)
+    highest = np.maximum.reduce(values) if len(values) else 0
+    lowest = np.minimum.reduce(values) if len(values) and kind != "u" else 0
     if kind == "f" and not (np.isfinite(lowest) and np.isfinite(highest)):
         raise _refusal(
             cells,
@@ -98,16 +99,24 @@ def check_raw(cells: Cells, n_before: int = 0) -> CountsReport:
         )
     library_size = row_sums(cells.counts)
     filled = library_size[library_size > 0]
+    largest = float(np.maximum.reduce(filled)) if len(filled) else 0.0
     return CountsReport(
         n_cells=len(cells),
         n_empty=len(library_size) - len(filled),
-        warnings=_warnings(values, highest, filled),
-        largest_library=float(filled.max()) if len(filled) else 0.0,
+        warnings=_warnings(values, highest, filled, largest),
+        largest_library=largest,
     )
 
 
-def _warnings(values: NDArray[Any], highest: float, filled: NDArray[np.float64]) -> tuple[str, ...]:
-    """Suspicions that are no proof; `highest` is the largest value, `filled` the library size of the cells that have counts."""
+def _warnings(values: NDArray[Any], highest: float, filled: NDArray[np.float64], largest: float) -> tuple[str, ...]:
+    """Suspicions that are no proof.
+
+    Args:
+        values: all of them.
+        highest: the largest.
+        filled: library size of the cells that have counts.
+        largest: of those.
+    """
     if not len(filled):
         return ()
     warnings = []
@@ -119,7 +128,7 @@ def _warnings(values: NDArray[Any], highest: float, filled: NDArray[np.float64])
                 f"All values are integers, but none is above {int(highest)} and only {n_ones / n_nonzero:.0%} are 1: these may be "
                 "rounded log values. Send raw counts."
             )
-    if filled.max() > READ_LIKE_MEDIAN and np.median(filled) > READ_LIKE_MEDIAN:  # the first is quick
+    if largest > READ_LIKE_MEDIAN and np.median(filled) > READ_LIKE_MEDIAN:  # the first is quick
         warnings.append(
             f"The median cell has {np.median(filled):,.0f} counts: these look like reads, not unique molecules. The model was trained on "
             "molecules (UMI); read counts are answered, with less certainty than stated."

@@ -329,9 +329,10 @@ def _is_ascending(counts: sp.csr_matrix) -> bool:
     if len(counts.indices) < 2:
         return True
     rises = counts.indices[1:] > counts.indices[:-1]
-    starts = counts.indptr[1:-1]
-    rises[starts[(starts > 0) & (starts < len(counts.indices))] - 1] = True
-    return bool(rises.all())
+    if counts.shape[0] > 1:
+        starts = counts.indptr[1:-1]
+        rises[starts[(starts > 0) & (starts < len(counts.indices))] - 1] = True
+    return bool(np.logical_and.reduce(rises))
 
 
 def library_size(counts: sp.csr_matrix) -> NDArray[np.float32]:

@@ -1,6 +1,6 @@
 """What an Arrow stream would decompress to, read from its headers before anything is decompressed.
 
-Arrow's metadata are flatbuffers; only the buffer list of a record batch is walked
+Arrow's metadata are flatbuffers; only the lists of a record batch are walked
 (https://arrow.apache.org/docs/format/Columnar.html#recordbatch-message, Message.fbs).
 """
 
@@ -10,6 +10,9 @@ from typing import NamedTuple
 from service.errors import BodyTooLarge
 
 _DICTIONARY_BATCH, _RECORD_BATCH = 2, 3  # MessageHeader of Message.fbs
+END = struct.pack("<Ii", 0xFFFFFFFF, 0)
+"""The end-of-stream marker."""
+
 MAX_METADATA_BYTES = 64 * 2**20
 """Of one message; the longest are the names of genes in a schema."""
 
@@ -107,6 +110,45 @@ def next_message(view: memoryview, position: int) -> Message | int:
     if body + body_length > len(view):
         return 8 + size + body_length
     return Message(_scalar(metadata, table, field=1, kind="<B"), metadata, body, body + body_length)
+
+
+class Numbers(NamedTuple):
+    """Where the numbers of a record batch stand in its header; all of them are of 64 bits."""
+
+    body_length: int
+    n_rows: int
+    nodes: int
+    """Length and number of nulls of each array, in the order of the schema, a list before what is in it."""
+
+    buffers: int
+    """Where each buffer begins in the message's body, and its bytes."""
+
+    n_nodes: int
+    n_buffers: int
+
+
+def numbers_of(metadata: memoryview) -> Numbers | None:
+    """The numbers of a record batch's header; None where it lacks some, or its buffers are compressed.
+
+    Raises:
+        struct.error: the header is damaged.
+    """
+    message = struct.unpack_from("<I", metadata)[0]
+    batch = _table(metadata, message, field=2)  # Message.header
+    if not batch or _table(metadata, batch, field=3):  # RecordBatch.compression
+        return None
+    body_length, n_rows = _entry(metadata, message, field=3), _entry(metadata, batch, field=0)
+    nodes, buffers = _table(metadata, batch, field=1), _table(metadata, batch, field=2)
+    if not (body_length and n_rows and nodes and buffers):
+        return None
+    n_nodes, n_buffers = (struct.unpack_from("<I", metadata, pairs)[0] for pairs in (nodes, buffers))
+    return Numbers(message + body_length, batch + n_rows, nodes + 4, buffers + 4, n_nodes, n_buffers)
+
+
+def is_little_endian(schema: memoryview) -> bool:
+    """Whether the numbers of a stream with this schema message are little-endian."""
+    table = _table(schema, struct.unpack_from("<I", schema)[0], field=2)  # Message.header
+    return bool(table) and _scalar(schema, table, field=0, kind="<h") == 0  # Schema.endianness
 
 
 def _declared_bytes(metadata: memoryview, body: memoryview, kind: int) -> int:

@@ -2,10 +2,8 @@
 
 import struct
 
-from service.cells.formats.arrow_limits import next_message
+from service.cells.formats.arrow_limits import END, next_message
 from service.errors import BodyTooLarge, MalformedBody
-
-_END = struct.pack("<Ii", 0xFFFFFFFF, 0)
 
 
 class Pieces:
@@ -50,7 +48,7 @@ class Pieces:
                 elif not self._schema:
                     self._schema = start
                 elif message.is_record_batch:
-                    pieces.append(self._schema + start + _END)
+                    pieces.append(self._schema + start + END)
                 else:
                     raise MalformedBody(problem="A stream of cells has a schema and record batches, and nothing else.")
         except struct.error as error:
