@@ -1,16 +1,16 @@
 """One metric and one log line per request, labelled by route template and never by path."""
 
 import logging
-import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.types import Receive, Scope, Send
 
 from service import metrics
+from service.api.request import ApiRequest
 
 logger = logging.getLogger("cellserve.access")
 UNMATCHED = "unmatched"
@@ -31,7 +31,7 @@ class Labelled:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request."""
         scope[TEMPLATE] = self.template
-        response = await self.endpoint(Request(scope, receive, send))
+        response = await self.endpoint(ApiRequest(scope, receive, send))
         await response(scope, receive, send)
 
 
@@ -40,46 +40,21 @@ def route(path: str, endpoint: Endpoint, method: str) -> Route:
     return Route(path, Labelled(endpoint, path.replace(":path}", "}")), methods=[method])
 
 
-class Access:
-    """Middleware that measures requests from first byte to last."""
+def note(scope: Scope, status: int, seconds: float, sending_seconds: float) -> None:
+    """Count a request that is over, and log it.
 
-    def __init__(self, app: ASGIApp) -> None:
-        self._app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Serve one request."""
-        started = time.perf_counter()
-        status = 0  # stays so where the client left before there was one
-        sending = 0.0
-        has_left = True
-
-        async def watched_send(message: Message) -> None:
-            nonlocal status, sending, has_left
-            if message["type"] == "http.response.start":
-                status = message["status"]
-            elif message["type"] == "http.response.body" and not message.get("more_body", False):
-                has_left = False
-            waits = time.perf_counter()
-            await send(message)
-            sending += time.perf_counter() - waits
-
-        with metrics.REQUESTS_IN_FLIGHT.track_inprogress():
-            try:
-                await self._app(scope, receive, watched_send)
-            except Exception:
-                has_left = False  # it is the answer that broke off
-                raise
-            finally:
-                if has_left:
-                    metrics.CANCELLED.inc()
-                seconds = time.perf_counter() - started
-                template = scope.get(TEMPLATE, UNMATCHED)
-                method = scope["method"] if scope["method"] in METHODS else "other"
-                metrics.series(metrics.REQUESTS, template, method, str(status)).inc()
-                metrics.series(metrics.REQUEST_SECONDS, template).observe(seconds)
-                metrics.series(metrics.SEND_SECONDS, template).observe(sending)
-                if template not in QUIET:
-                    logger.info(
-                        "request",
-                        extra={"route": template, "method": method, "status": status, "seconds": round(seconds, 6)},
-                    )
+    Args:
+        scope: of the request.
+        status: of its answer; 0 where its client left before there was one.
+        seconds: from its first byte to the last of its answer.
+        sending_seconds: of those, what handing the answer to the server took, which waits for a client that reads slowly.
+    """
+    template = scope.get(TEMPLATE, UNMATCHED)
+    method = scope["method"] if scope["method"] in METHODS else "other"
+    metrics.series(metrics.REQUESTS, template, method, str(status)).inc()
+    metrics.series(metrics.REQUEST_SECONDS, template).observe(seconds)
+    metrics.series(metrics.SEND_SECONDS, template).observe(sending_seconds)
+    if template not in QUIET:
+        logger.info(
+            "request", extra={"route": template, "method": method, "status": status, "seconds": round(seconds, 6)}
+        )

@@ -9,39 +9,12 @@ from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
-from starlette.datastructures import MutableHeaders
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
-
 from service.api.state import State
 
 logger = logging.getLogger("cellserve.drain")
 PROBES = frozenset({"/livez", "/readyz", "/metrics"})
 CLOSING_SECONDS = 2.0
 """What remains for closing connections once nothing is computed any more."""
-
-
-class Draining:
-    """Middleware that knows how many requests are in flight, and lets no connection live on once the process drains."""
-
-    def __init__(self, app: ASGIApp, state: State) -> None:
-        self._app, self._state = app, state
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Serve one request."""
-        if scope["path"] in PROBES:  # they ask until the end, and would put it off
-            await self._app(scope, receive, send)
-            return
-
-        async def send_and_close(message: Message) -> None:
-            if message["type"] == "http.response.start" and self._state.is_draining:
-                MutableHeaders(scope=message)["Connection"] = "close"
-            await send(message)
-
-        self._state.n_in_flight += 1
-        try:
-            await self._app(scope, receive, send_and_close)
-        finally:
-            self._state.n_in_flight -= 1
 
 
 def drain_on_signal(state: State, seconds: float) -> None:

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from typing import IO
 
 from prometheus_client import Gauge
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
+from starlette.types import Message
 
 from service import metrics
 from service.errors import BodyTimeout, BodyTooLarge, EmptyBody, MalformedBody, TooManyBytes, UnsupportedMediaType
@@ -58,10 +59,14 @@ class Intake:
         async def keep(piece: bytes) -> None:
             pieces.append(piece)
 
-        async with self._received(request, encodings, keep):
+        held = Held(self, self._declared(request, encodings))
+        try:
+            await self._receive(request, held, keep)
             body = pieces[0] if len(pieces) == 1 else b"".join(pieces)
             pieces.clear()
             yield body
+        finally:
+            held.release()
 
     @asynccontextmanager
     async def spool(self, request: Request, file: IO[bytes]) -> AsyncIterator[None]:
@@ -75,37 +80,32 @@ class Intake:
         async def write(piece: bytes) -> None:
             await loop.run_in_executor(None, file.write, piece)
 
-        async with self._received(request, (), write):
+        held = Held(self, self._declared(request, ()))
+        try:
+            await self._receive(request, held, write)
             file.flush()
             yield
-
-    @asynccontextmanager
-    async def _received(
-        self, request: Request, encodings: tuple[str, ...], keep: Callable[[bytes], Awaitable[None]]
-    ) -> AsyncIterator[None]:
-        """Hand all pieces of the body to `keep`, one after the other; errors as of `body`."""
-        held = self._declared(request, encodings)
-        self.hold(held)
-        n_bytes = 0
-        try:
-            try:
-                async with asyncio.timeout(self.timeout_seconds):
-                    async for piece in request.stream():
-                        n_bytes += len(piece)
-                        if n_bytes > self.max_body_bytes:
-                            raise BodyTooLarge(limit_bytes=self.max_body_bytes)
-                        if n_bytes > held:
-                            self.hold(n_bytes - held)
-                            held = n_bytes
-                        if piece:  # the last one is empty
-                            await keep(piece)
-            except TimeoutError:
-                raise BodyTimeout(n_bytes=n_bytes, limit_seconds=self.timeout_seconds) from None
-            if not n_bytes:
-                raise EmptyBody
-            yield
         finally:
-            self.release(held)
+            held.release()
+
+    async def _receive(self, request: Request, held: "Held", keep: Callable[[bytes], Awaitable[None]]) -> None:
+        """Hand all pieces of the body to `keep`, one after the other; errors as of `body`."""
+        n_bytes, is_last = 0, False
+        try:
+            async with asyncio.timeout(self.timeout_seconds):
+                while not is_last:
+                    message = await request.receive()
+                    _refuse_if_gone(message)
+                    piece, is_last = message.get("body", b""), not message.get("more_body", False)
+                    n_bytes += len(piece)
+                    self._refuse_if_more(n_bytes)
+                    held.grow(n_bytes)
+                    if piece:
+                        await keep(piece)
+        except TimeoutError:
+            raise BodyTimeout(n_bytes=n_bytes, limit_seconds=self.timeout_seconds) from None
+        if not n_bytes:
+            raise EmptyBody
 
     def _declared(self, request: Request, encodings: tuple[str, ...]) -> int:
         """Bytes that a body is declared to have, which take their place at once; 0 where it is not, and each piece takes its own."""
@@ -117,9 +117,12 @@ class Intake:
                 accepted=", ".join(encodings) or "identity (Arrow record batches may be compressed inside the stream)",
             )
         n_bytes = declared_bytes(request)
+        self._refuse_if_more(n_bytes)
+        return n_bytes
+
+    def _refuse_if_more(self, n_bytes: int) -> None:
         if n_bytes > self.max_body_bytes:
             raise BodyTooLarge(limit_bytes=self.max_body_bytes)
-        return n_bytes
 
     def hold(self, n_bytes: int) -> None:
         """Take room for bytes.
@@ -136,3 +139,27 @@ class Intake:
         """Give room back."""
         self._n_bytes -= n_bytes
         self.held.dec(n_bytes)
+
+
+class Held:
+    """Bytes that an intake holds until they are released."""
+
+    def __init__(self, intake: Intake, n_bytes: int) -> None:
+        """Hold so many from now on; raises as `Intake.hold`."""
+        intake.hold(n_bytes)
+        self._intake, self._n_bytes = intake, n_bytes
+
+    def grow(self, n_bytes: int) -> None:
+        """Hold so many in all, if it is more; raises as `Intake.hold`."""
+        if n_bytes > self._n_bytes:
+            self._intake.hold(n_bytes - self._n_bytes)
+            self._n_bytes = n_bytes
+
+    def release(self) -> None:
+        """Give the room back."""
+        self._intake.release(self._n_bytes)
+
+
+def _refuse_if_gone(message: Message) -> None:
+    if message["type"] == "http.disconnect":
+        raise ClientDisconnect

@@ -6,12 +6,12 @@ import sys
 import time
 from typing import Any
 
+import orjson
+
 from service import tracing
 from service.api import request_id
 
 _PLAIN = frozenset(vars(logging.makeLogRecord({}))) | {"message", "taskName", "asctime"}
-
-_encode = json.JSONEncoder(default=str).encode
 
 
 class JsonFormatter(logging.Formatter):
@@ -32,7 +32,12 @@ class JsonFormatter(logging.Formatter):
         line |= {key: value for key, value in vars(record).items() if key not in _PLAIN}
         if record.exc_info:
             line["exception"] = self.formatException(record.exc_info)
-        return _encode(line)
+        try:
+            encoded = orjson.dumps(line, default=str)
+        except TypeError:  # half a surrogate pair, or an integer of more than 64 bits
+            return json.dumps(line, default=str)
+        # Escaped where there is more than ASCII: some of it ends a line for some readers.
+        return encoded.decode() if encoded.isascii() else json.dumps(line, default=str)
 
 
 def configure(level: str) -> None:

@@ -6,9 +6,8 @@ from typing import Any
 
 import orjson
 from starlette.exceptions import HTTPException
-from starlette.requests import ClientDisconnect
 from starlette.responses import Response
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.types import Scope
 
 from service import errors, metrics, tracing
 from service.api import request_id
@@ -129,38 +128,9 @@ def _headers(error: errors.CellserveError) -> dict[str, str]:
     return headers
 
 
-class AnswerBrokeOff(Exception):
-    """What the server hears, and logs, in place of an error of ours: the code, without what the client sent."""
-
-
-class Problems:
-    """Middleware that turns whatever is raised into a problem; nothing of a stack trace leaves the process."""
-
-    def __init__(self, app: ASGIApp) -> None:
-        self._app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Serve one request."""
-        has_started = False
-
-        async def watched_send(message: Message) -> None:
-            nonlocal has_started
-            has_started = True
-            await send(message)
-
-        try:
-            await self._app(scope, receive, watched_send)
-        except ClientDisconnect:
-            return
-        except Exception as error:
-            if has_started:
-                # The status is out. Breaking the connection is the one way left to say that the answer is not whole.
-                if isinstance(error, errors.CellserveError):
-                    logger.error("an answer broke off", extra={"code": error.code})  # noqa: TRY400 - its sentence may name a gene
-                    raise AnswerBrokeOff(error.code) from None
-                logger.exception("an answer broke off")
-                raise
-            await form_at(scope["path"])(_known(error, scope))(scope, receive, send)
+def answer_to(error: Exception, scope: Scope) -> Response:
+    """The answer for whatever was raised, in the form of the path."""
+    return form_at(scope["path"])(_known(error, scope))
 
 
 def _known(error: Exception, scope: Scope) -> errors.CellserveError:

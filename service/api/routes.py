@@ -9,9 +9,8 @@ from starlette.types import ASGIApp
 
 from service import metrics
 from service.api import catalogue, explanations, genes_check, health, oip, oip_infer, openapi, problems, whole_query
-from service.api.access import Access, route
-from service.api.drain import Draining
-from service.api.request_id import RequestId
+from service.api.access import route
+from service.api.front import Front
 from service.api.state import State
 from service.api.tasks import endpoint
 from service.api.traced import Traced
@@ -20,7 +19,7 @@ from service.inference.questions import QUESTIONS
 
 
 class Api(Starlette):
-    """Starlette without its own two middlewares for errors: Problems answers all of them, and each request would pay for both."""
+    """Starlette without its own two middlewares for errors: Front answers all of them, and each request would pay for both."""
 
     def build_middleware_stack(self) -> ASGIApp:
         """The router inside the middlewares that were given, the first outermost."""
@@ -58,17 +57,8 @@ def build_api(state: State) -> Starlette:
         route("/docs.json", _docs, "GET"),
     ]
     traced = [Middleware(Traced, traces=state.traces)] if state.traces is not None else []
-    app = Api(
-        routes=routes,
-        # The id first, so that every line and problem below carries it; problems innermost, so that their status is measured.
-        middleware=[
-            Middleware(RequestId),
-            *traced,
-            Middleware(Draining, state=state),
-            Middleware(Access),
-            Middleware(problems.Problems),
-        ],
-    )
+    # Outside, so that every line that Front logs carries the trace id.
+    app = Api(routes=routes, middleware=[*traced, Middleware(Front, state=state)])
     app.router.redirect_slashes = False
     app.state.cellserve = state
     return app

@@ -36,6 +36,7 @@ from service.errors import (
 )
 from service.inference import TASKS
 from service.inference.batcher import Timing, Work
+from service.inference.here import after_answers
 from service.inference.model import Model
 from service.inference.query import Query, prepare
 from service.inference.shadow import Answered
@@ -264,7 +265,7 @@ async def _pieces(
         while True:
             started = time.perf_counter()
             stop = position + n_cells(columns)
-            observe_answers(work.model, columns)
+            after_answers(observe_answers, work.model, columns)
             piece = writer.write(columns, query.cell_ids[position:stop] if query.cell_ids is not None else None)
             position = stop
             is_last = position == query.counts.shape[0]
@@ -272,10 +273,10 @@ async def _pieces(
             lead = b""
             serialise_seconds += time.perf_counter() - started
             if is_last:
-                measure(work, position, seconds, timing, serialise_seconds)
+                after_answers(measure, work, position, seconds, timing, serialise_seconds)
+                after_answers(observe_query, work.model, query)
                 if (trace := tracing.current.get()) is not None:
                     trace.stage("serialise", began, time.monotonic(), {"cellserve.busy_seconds": serialise_seconds})
-                observe_query(work.model, query)
             yield piece
             if is_last:
                 return

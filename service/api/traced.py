@@ -60,7 +60,7 @@ class Traced:
             trace.span.update_name(f"{name} {template}")
             attributes: dict[str, str | int] = {
                 "http.route": template,
-                "cellserve.request_id": request_id.current.get() or "",
+                "cellserve.request_id": scope.get(request_id.SCOPE_KEY, ""),
             }
             if status:
                 attributes["http.response.status_code"] = status

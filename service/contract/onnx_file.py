@@ -37,6 +37,19 @@ def check(path: Path, content: bytes) -> None:
         raise InvalidArtifact(path=str(path), problem=problem)
 
 
+def operators(content: bytes) -> frozenset[str]:
+    """The operators of a file that was checked."""
+    return frozenset(
+        str(operator, "utf-8")
+        for number, graph in _fields(memoryview(content))
+        if number == 7  # ModelProto.graph
+        for part, node in _fields(graph)
+        if part == 1  # GraphProto.node
+        for field, operator in _fields(node)
+        if field == 4  # NodeProto.op_type
+    )
+
+
 def _problems(model: memoryview) -> Iterator[str]:
     graphs = 0
     for number, value in _fields(model):

@@ -20,7 +20,7 @@ from service import metrics, tracing
 from service.cells.columns import Columns, concatenate, n_cells, take
 from service.cells.counts import some_rows, stacked
 from service.errors import DeadlinePassed, DeadlineTooShort, QueueFull, ShuttingDown
-from service.inference.here import CHUNK_SECONDS, Here, others_turn
+from service.inference.here import CHUNK_SECONDS, Here, after_answers, others_turn
 from service.inference.lanes import SHORT_ROWS, Lanes
 from service.inference.model import Model
 from service.inference.task import Options, Task
@@ -320,9 +320,9 @@ class Batcher:
         loop = asyncio.get_running_loop()
         free_since, was_idle, is_here = time.monotonic(), True, False
         while True:
-            if is_here:
+            if is_here and self._lanes:
                 await others_turn()
-                is_here = False
+            is_here = False
             pieces = self._next_pieces()
             if not pieces:
                 was_idle = True
@@ -364,7 +364,7 @@ class Batcher:
             free_since = time.monotonic()
             runs = self.runs[work.model.id][n_rows]
             runs.n_runs, runs.seconds = runs.n_runs + 1, runs.seconds + seconds
-            self._measure(work, n_rows, limit, seconds, reason)
+            after_answers(self._measure, work, n_rows, limit, seconds, reason)
             batch = self._trace_batch(pieces, started, limit, reason)
             position = 0
             for ticket, start, stop in pieces:

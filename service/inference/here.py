@@ -2,9 +2,9 @@
 
 import asyncio
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
-
-from service.inference.session import SHAPES
+from typing import TypeVarTuple
 
 CHUNK_SECONDS = 0.01
 """A chunk has as many rows as ran in this time before: what comes with each (answers written and sent, which takes longer between
@@ -17,11 +17,14 @@ QUICK_SECONDS = 0.002
 """A few rows of a task that took less than this the last time run in the event loop: two changes of threads would take longer."""
 
 
+Arguments = TypeVarTuple("Arguments")
+
+
 @dataclass(frozen=True)
 class Here:
     """What is done in the event loop instead of a thread: others wait for that long, and two changes of threads are saved."""
 
-    rows: int = SHAPES[0]
+    rows: int = 16
     """Cells that run in it,"""
 
     seconds: float = QUICK_SECONDS
@@ -51,3 +54,8 @@ async def others_turn() -> None:
     while n_idle < 2 and (turn := time.monotonic()) - began < CHUNK_SECONDS / 2:
         await asyncio.sleep(0)
         n_idle = n_idle + 1 if time.monotonic() - turn < IDLE_SECONDS else 0
+
+
+def after_answers(function: Callable[[*Arguments], object], *arguments: *Arguments) -> None:
+    """Call it in the next turn of the loop, behind whoever sends an answer that is ready: nobody has to wait for what counts it."""
+    asyncio.get_running_loop().call_soon(function, *arguments)

@@ -4,6 +4,7 @@ import asyncio
 import json
 import logging
 import re
+from types import SimpleNamespace
 
 import httpx
 import pytest
@@ -13,8 +14,8 @@ from starlette.datastructures import Headers
 from starlette.types import Message, Scope
 
 from service.api import request_id
+from service.api.front import Front
 from service.api.logs import JsonFormatter
-from service.api.request_id import RequestId
 from tests.builders import counts, gene_table, json_body
 
 JSON = {"Content-Type": "application/json"}
@@ -23,7 +24,7 @@ OURS = re.compile(r"[0-9a-f]{32}")
 
 
 async def given_for(sent: bytes) -> str:
-    """The id that the middleware sets on the answer to a request with this header."""
+    """The id that is set on the answer to a request with this header."""
     messages: list[Message] = []
 
     async def application(scope: Scope, receive: object, send) -> None:
@@ -35,7 +36,8 @@ async def given_for(sent: bytes) -> str:
     async def receive() -> Message:
         return {"type": "http.request"}
 
-    await RequestId(application)({"type": "http", "headers": [(b"x-request-id", sent)]}, receive, send)
+    scope = {"type": "http", "method": "GET", "path": "/", "headers": [(b"x-request-id", sent)]}
+    await Front(application, SimpleNamespace(n_in_flight=0, is_draining=False))(scope, receive, send)  # type: ignore[arg-type]
     return Headers(raw=messages[0]["headers"])["x-request-id"]
 
 
@@ -67,7 +69,7 @@ async def test_one_id_everywhere(client: httpx.AsyncClient, caplog: pytest.LogCa
     assert answer.headers["x-request-id"] == answer.json()["request_id"] == "mine/1"
     assert refused.headers["x-request-id"] == refused.json()["request_id"]
     assert OURS.fullmatch(refused.headers["x-request-id"])
-    logged = [json.loads(line)["request_id"] for line in lines if '"event": "request"' in line]
+    logged = [json.loads(line)["request_id"] for line in lines if '"event":"request"' in line]
     assert logged == ["mine/1", refused.headers["x-request-id"]]
 
 

@@ -1,0 +1,45 @@
+"""A request as endpoints see it: Starlette's, without looking for the same things again and again."""
+
+from functools import lru_cache
+
+from starlette.datastructures import Headers, QueryParams
+from starlette.requests import Request
+from starlette.types import Scope
+
+MAX_QUERY_BYTES = 2**10
+"""Of a query that is remembered."""
+
+
+class FirstHeaders(Headers):
+    """Headers that are looked up, where Starlette goes through all of them for each that it is asked for."""
+
+    def __init__(self, scope: Scope) -> None:
+        super().__init__(scope=scope)
+        self._first = dict(reversed(self._list))
+
+    def get(self, key: str, default: str | None = None) -> str | None:  # type: ignore[override]
+        """The first header of that name."""
+        value = self._first.get(key.lower().encode("latin-1"))
+        return default if value is None else value.decode("latin-1")
+
+
+class ApiRequest(Request):
+    """A request of which each endpoint wants a handful of headers and the query, most often the same as the last."""
+
+    @property
+    def headers(self) -> Headers:
+        """Its headers."""
+        if not hasattr(self, "_headers"):
+            self._headers = FirstHeaders(self.scope)
+        return self._headers
+
+    @property
+    def query_params(self) -> QueryParams:
+        """Its query."""
+        query: bytes = self.scope["query_string"]
+        return _known_query(query) if len(query) <= MAX_QUERY_BYTES else QueryParams(query)
+
+
+@lru_cache(maxsize=256)
+def _known_query(query: bytes) -> QueryParams:
+    return QueryParams(query)
