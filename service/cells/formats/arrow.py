@@ -3,7 +3,7 @@
 import io
 import json
 import struct
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -277,30 +277,24 @@ class ArrowWriter:
             self._first = None
 
     def _by_arrow(self, columns: Columns, cell_ids: Sequence[str] | None) -> bytes:
-        arrays = [] if cell_ids is None else [_strings(cell_ids)]
-        fields = [] if cell_ids is None else [pa.field("cell_id", pa.string(), nullable=False)]
+        arrays = {} if cell_ids is None else {"cell_id": _strings(cell_ids)}
         for name, column in columns.items():
-            metadata = None
             if isinstance(column, Labels):
-                array = pa.DictionaryArray.from_arrays(_arrow(column.codes), _strings(column.words))
+                arrays[name] = pa.DictionaryArray.from_arrays(_arrow(column.codes), _strings(column.words))
             elif isinstance(column, LabelLists):
-                array = _lists(column.used())
+                arrays[name] = _lists(column.used())
             elif isinstance(column, Vectors):
                 width = column.values.shape[1]
-                array = pa.FixedSizeListArray.from_arrays(_arrow(column.values.reshape(-1)), width)
-                metadata = {"names": json.dumps(column.names)} if column.names is not None else None
+                arrays[name] = pa.FixedSizeListArray.from_arrays(_arrow(column.values.reshape(-1)), width)
             else:
-                array = _arrow(column.values)
-            arrays.append(array)
-            fields.append(pa.field(name, array.type, nullable=False, metadata=metadata))
-        schema = pa.schema(fields, metadata={"cellserve": self._head})
+                arrays[name] = _arrow(column.values)
         if self._writer is None:
-            self._schema = schema
+            self._schema = _schema(arrays, columns, self._head)
             self._sink = io.BytesIO()
             # Arrow writes in small pieces, and for each it would wait for the interpreter's lock, which the threads that compute want as well.
             self._buffer = pa.BufferedOutputStream(pa.PythonFile(self._sink, mode="w"), _BUFFER_BYTES)
-            self._writer = pa.ipc.new_stream(self._buffer, schema, options=_OPTIONS)
-        self._writer.write_batch(pa.record_batch(arrays, schema=schema))
+            self._writer = pa.ipc.new_stream(self._buffer, self._schema, options=_OPTIONS)
+        self._writer.write_batch(pa.RecordBatch.from_arrays(list(arrays.values()), schema=self._schema))
         return self._drained()
 
     def _drained(self) -> bytes:
@@ -309,6 +303,17 @@ class ArrowWriter:
         self._sink.seek(0)
         self._sink.truncate()
         return content
+
+
+def _schema(arrays: Mapping[str, pa.Array], columns: Columns, head: bytes) -> pa.Schema:
+    """That of an answer; names of a vector's components are metadata of its field."""
+    fields = []
+    for name, array in arrays.items():
+        column = columns.get(name)
+        names = column.names if isinstance(column, Vectors) else None
+        metadata = {"names": json.dumps(names)} if names is not None else None
+        fields.append(pa.field(name, array.type, nullable=False, metadata=metadata))
+    return pa.schema(fields, metadata={"cellserve": head})
 
 
 FORMAT = Format(
