@@ -1,7 +1,7 @@
 """What endpoints share: built once in app.py, handed down through the application's state."""
 
 import math
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, cast
@@ -66,8 +66,18 @@ class State:
         self, work: Work, counts: sp.csr_matrix, timing: Timing, deadline: float = math.inf
     ) -> AsyncGenerator[Columns]:
         """As `Batcher.run`, at the cost of the client whose request this is, and from the cache where there is one."""
-        charge = self.budgets.charge_to_current() if self.budgets is not None else None
-        return (self.cached or self.batcher).run(work, counts, timing, deadline, charge)
+        return (self.cached or self.batcher).run(work, counts, timing, deadline, self._charge())
+
+    async def at_once(
+        self, work: Work, counts: sp.csr_matrix, timing: Timing, deadline: float = math.inf
+    ) -> Columns | None:
+        """As `Batcher.at_once`; None where there is a cache, too, which may know some of the cells."""
+        if self.cached is not None:
+            return None
+        return await self.batcher.at_once(work, counts, timing, deadline, self._charge())
+
+    def _charge(self) -> Callable[[float], None] | None:
+        return self.budgets.charge_to_current() if self.budgets is not None else None
 
 
 def state(request: Request) -> State:

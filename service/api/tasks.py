@@ -24,6 +24,7 @@ from service.api.state import State, state
 from service.api.uploads import read_places
 from service.cells.columns import Columns, n_cells
 from service.cells.formats.arrow import FORMAT as ARROW
+from service.cells.formats.arrow import new_bytes
 from service.cells.formats.arrow_limits import is_compressed
 from service.cells.formats.format import Format, Writer
 from service.errors import (
@@ -77,20 +78,31 @@ def endpoint(task: Task) -> Endpoint:
                 # What was sent is not there any more for a shadow to compute it again.
                 return await _answer(app, work, query, seconds, answer_type, deadline, lambda _: None)
         started = time.monotonic()
-        async with app.intake.body(request) as body, cancelled_on_disconnect(request):
+        async with app.intake.body(request) as body:
             received = time.monotonic()
-            with app.batcher.coming(deadline) if len(body) > LONG_BYTES else contextlib.nullcontext():
-                if _is_parsed_here(app, body_type, body):
-                    query, seconds = _read(app, model, body_type, body)
-                else:
-                    loop = asyncio.get_running_loop()
-                    query, seconds = await loop.run_in_executor(app.parsers, _read, app, model, body_type, body)
-            seconds = until_queue(started, received, seconds)
 
             def answered(first: Columns) -> None:
                 app.shadows.offer(Answered(model, task, options, body_type, body, first))
 
-            return await _answer(app, work, query, seconds, answer_type, deadline, answered)
+            n_bytes = new_bytes(body) if body_type is ARROW else len(body)
+            if n_bytes <= PARSED_AT_ONCE and not answer_type.is_file:
+                query, seconds = _read(app, model, body_type, body)
+                seconds, timing = until_queue(started, received, seconds), Timing()
+                if (columns := await app.at_once(work, query.counts, timing, deadline)) is not None:
+                    # Nothing was waited for, so that nobody can have left meanwhile.
+                    answered(columns)
+                    return _whole(work, query, seconds, timing, columns, answer_type)
+                async with cancelled_on_disconnect(request):
+                    return await _answer(app, work, query, seconds, answer_type, deadline, answered)
+            async with cancelled_on_disconnect(request):
+                with app.batcher.coming(deadline) if len(body) > LONG_BYTES else contextlib.nullcontext():
+                    if _is_parsed_here(app, body_type, body):
+                        query, seconds = _read(app, model, body_type, body)
+                    else:
+                        loop = asyncio.get_running_loop()
+                        query, seconds = await loop.run_in_executor(app.parsers, _read, app, model, body_type, body)
+                seconds = until_queue(started, received, seconds)
+                return await _answer(app, work, query, seconds, answer_type, deadline, answered)
 
     return answer
 
@@ -226,25 +238,51 @@ async def _answer(
     answered: Callable[[Columns], None],
 ) -> Response:
     """Compute the first chunk, so that what can go wrong has gone wrong before the status is sent; stream the rest."""
-    timing = Timing()
-    chunks = app.progress.follow(work, query.counts.shape[0], app.run(work, query.counts, timing, deadline))
+    timing, n_rows = Timing(), query.counts.shape[0]
+    chunks = app.progress.follow(work, n_rows, app.run(work, query.counts, timing, deadline))
     first = await next_chunk(chunks, min(app.timeout_seconds, max(0.0, deadline - time.monotonic())))
     answered(first)
-    is_whole = n_cells(first) == query.counts.shape[0]
-    until_now = {**seconds, "queue": timing.queue_seconds, "compute": timing.compute_seconds}
-    headers = {
-        "X-Cellserve-Model": work.model.id,
-        # A streamed answer's times are those until its first chunk.
-        "Server-Timing": ", ".join(f"{stage};dur={1000 * spent:.3f}" for stage, spent in until_now.items()),
-        **cache_header(query.counts.shape[0], timing),
-    }
+    if n_cells(first) == n_rows and not answer_type.is_file:
+        await chunks.aclose()  # left to the garbage it would be closed by a task of its own
+        return _whole(work, query, seconds, timing, first, answer_type)
+    headers = _headers(work, query, seconds, timing)
     pieces = _pieces(app, work, query, answer_type.writer(), seconds, timing, first, chunks)
     if answer_type.is_file:
         return await app.uploads.respond(pieces, headers, answer_type.media_type, app.timeout_seconds)
-    if is_whole:
-        content = b"".join([piece async for piece in pieces])
-        return Response(content, headers=headers, media_type=answer_type.media_type)
     return PiecesResponse(pieces, answer_type.media_type, headers)
+
+
+def _whole(
+    work: Work, query: Query, seconds: dict[str, float], timing: Timing, columns: Columns, answer_type: Format
+) -> Response:
+    """The answer for cells of which all are computed."""
+    began, started = time.monotonic(), time.perf_counter()
+    after_answers(observe_answers, work.model, columns)
+    writer = answer_type.writer()
+    lead = writer.start(query.head(work.model, work.task, work.options, request_id.current.get()))
+    content = lead + writer.write(columns, query.cell_ids) + writer.end()
+    _written(work, query, seconds, timing, began, time.perf_counter() - started)
+    return Response(content, headers=_headers(work, query, seconds, timing), media_type=answer_type.media_type)
+
+
+def _headers(work: Work, query: Query, seconds: dict[str, float], timing: Timing) -> dict[str, str]:
+    """Of an answer; of a streamed one the times are those until its first chunk."""
+    spent = {**seconds, "queue": timing.queue_seconds, "compute": timing.compute_seconds}
+    return {
+        "X-Cellserve-Model": work.model.id,
+        "Server-Timing": ", ".join([f"{stage};dur={1000 * taken:.3f}" for stage, taken in spent.items()]),
+        **cache_header(query.counts.shape[0], timing),
+    }
+
+
+def _written(
+    work: Work, query: Query, seconds: dict[str, float], timing: Timing, began: float, serialise_seconds: float
+) -> None:
+    """Count an answer of which all is written, in so many seconds since it began."""
+    after_answers(measure, work, query.counts.shape[0], seconds, timing, serialise_seconds)
+    after_answers(observe_query, work.model, query)
+    if (trace := tracing.current.get()) is not None:
+        trace.stage("serialise", began, time.monotonic(), {"cellserve.busy_seconds": serialise_seconds})
 
 
 async def _pieces(
@@ -273,10 +311,7 @@ async def _pieces(
             lead = b""
             serialise_seconds += time.perf_counter() - started
             if is_last:
-                after_answers(measure, work, position, seconds, timing, serialise_seconds)
-                after_answers(observe_query, work.model, query)
-                if (trace := tracing.current.get()) is not None:
-                    trace.stage("serialise", began, time.monotonic(), {"cellserve.busy_seconds": serialise_seconds})
+                _written(work, query, seconds, timing, began, serialise_seconds)
             yield piece
             if is_last:
                 return

@@ -104,6 +104,29 @@ class Ticket:
         return self.n_taken > 0
 
 
+Piece = tuple[Ticket, int, int]
+"""A request, and the first of its rows that run together with others, and the last of them + 1."""
+
+
+@dataclass(eq=False)
+class Chunk:
+    """What runs together."""
+
+    pieces: list[Piece]
+    work: Work
+    n_rows: int
+    limit: int
+    """Rows that it might have had."""
+
+    kind: tuple[str, str, int]
+    """Model, task and number of rows, padded."""
+
+    reason: str
+    """Why it was not waited for more: one of metrics.REASONS."""
+
+    started: float = 0.0
+
+
 @dataclass
 class Timing:
     """Where a request's time went; filled while its answer is made."""
@@ -149,6 +172,8 @@ class Batcher:
         """Rows of the long requests that came last, whether they were taken or refused."""
         self._n_coming = 0
         """Long requests that are being parsed."""
+        self._n_at_once = 0
+        """Short requests that wait for the end of this turn of the loop, to run at once if there is no other."""
         self._quick: set[tuple[str, str, int]] = set()
         """Models, tasks and numbers of rows, padded, that were quick the last time."""
         self._is_stopping = False
@@ -226,6 +251,57 @@ class Batcher:
             ticket.n_taken = n_rows
             if ticket.trace is not None:
                 _trace(ticket, ticket.trace)
+
+    async def at_once(
+        self,
+        work: Work,
+        counts: sp.csr_matrix,
+        timing: Timing,
+        deadline: float = math.inf,
+        charge: Callable[[float], None] | None = None,
+    ) -> Columns | None:
+        """The answer for a few cells that nobody else is beside of: the queue's task would be woken up for them, and wake theirs in turn.
+
+        Args:
+            work: model, task and options.
+            counts: as of `run`, and so are the others.
+            timing: filled with where the time went.
+            deadline: on the clock of `time.monotonic`.
+            charge: told the seconds of computing.
+
+        Returns:
+            None where they have to be queued, since they are many, or slow, or others wait, run, or came in the same turn of the loop.
+
+        Raises:
+            ShuttingDown, DeadlinePassed: as of `run`.
+        """
+        n_rows = int(counts.shape[0])
+        ticket = Ticket(work, counts, time.monotonic(), deadline, charge=charge, trace=tracing.current.get())
+        chunk = self._chunk([(ticket, 0, n_rows)], "idle")
+        if not (ticket.is_short and self._is_here(chunk)):
+            return None
+        self._n_at_once += 1
+        try:
+            await asyncio.sleep(0)
+            if self._n_at_once > 1 or self._lanes or self._running_since is not None:
+                return None
+        finally:
+            self._n_at_once -= 1
+        if self._is_stopping:
+            raise ShuttingDown
+        self._begin(ticket)
+        ticket.n_taken = n_rows
+        began = chunk.started = time.monotonic()
+        try:
+            columns = _compute(chunk.pieces)
+        except Exception as error:
+            self._failed(chunk, error)
+            raise
+        self._done(chunk, columns, began)
+        timing.queue_seconds, timing.compute_seconds = ticket.wait_seconds, ticket.compute_seconds
+        if ticket.trace is not None:
+            _trace(ticket, ticket.trace)
+        return columns
 
     @property
     def is_running(self) -> bool:
@@ -330,83 +406,97 @@ class Batcher:
                 await self._wake.wait()
                 free_since = time.monotonic()
                 continue
-            n_rows = sum(stop - start for _, start, stop in pieces)
-            work = pieces[0][0].work
-            # More rows than CHUNK_ROWS are together only where they are quick (`_limit`).
-            kind = (*work.key[:2], work.n_run(min(n_rows, CHUNK_ROWS)))
-            limit = self._limit(pieces[0][0])
-            reason = "full" if n_rows >= limit else "idle" if was_idle else "free"
+            chunk = self._chunk(pieces, "idle" if was_idle else "free")
             was_idle = False
-            started = self._running_since = time.monotonic()
+            chunk.started = self._running_since = time.monotonic()
             try:
-                if is_here := n_rows <= self._here.rows and kind in self._quick:
+                if is_here := self._is_here(chunk):
                     columns = _compute(pieces)
                 else:
                     columns = await loop.run_in_executor(self._executor, _compute, pieces)
             except Exception as error:
-                self._trace_batch(pieces, started, limit, reason, type(error).__name__)
-                for ticket, _, _ in pieces:
-                    # It will not run again: the request ends with this error, and its rows leave the queue with it.
-                    _deliver(ticket, error)
+                self._failed(chunk, error)
                 continue
             finally:
                 self._running_since = None
-            seconds = time.monotonic() - started
-            if n_rows <= min(self._here.rows, CHUNK_ROWS):
-                (self._quick.add if seconds < self._here.seconds else self._quick.discard)(kind)
-            # From chunk to chunk, not that of the run alone: what else this process does takes its time from the queue as well. Of chunks
-            # with many rows: a single cell's takes nearly as long as theirs, and says nothing of how fast they would be.
-            if n_rows >= min(limit, CHUNK_ROWS) // 2:
-                rate = n_rows / (time.monotonic() - free_since)
-                self._rows_per_second = 0.8 * (self._rows_per_second or rate) + 0.2 * rate
-                speed = n_rows / max(seconds, 1e-6)
-                self._speed[work.key[:2]] = 0.8 * self._speed.get(work.key[:2], speed) + 0.2 * speed
+            self._done(chunk, columns, free_since)
             free_since = time.monotonic()
-            runs = self.runs[work.model.id][n_rows]
-            runs.n_runs, runs.seconds = runs.n_runs + 1, runs.seconds + seconds
-            after_answers(self._measure, work, n_rows, limit, seconds, reason)
-            batch = self._trace_batch(pieces, started, limit, reason)
-            position = 0
-            for ticket, start, stop in pieces:
-                ticket.compute_seconds += seconds
-                if ticket.charge is not None:
-                    ticket.charge(seconds * (stop - start) / n_rows)
-                ticket.ended, ticket.n_chunks = started + seconds, ticket.n_chunks + 1
-                if batch is not None and ticket.trace is not None:
-                    ticket.batches.append(batch)
-                _deliver(ticket, take(columns, position, position + stop - start))
-                position += stop - start
 
-    def _measure(self, work: Work, n_rows: int, limit: int, seconds: float, reason: str) -> None:
+    def _chunk(self, pieces: list[Piece], reason: str) -> Chunk:
+        """A chunk of these pieces, which is run for that reason if it is not full."""
+        n_rows = sum(stop - start for _, start, stop in pieces)
+        limit = self._limit(pieces[0][0])
+        work = pieces[0][0].work
+        # More rows than CHUNK_ROWS are together only where they are quick (`_limit`).
+        kind = (*work.key[:2], work.n_run(min(n_rows, CHUNK_ROWS)))
+        return Chunk(pieces, work, n_rows, limit, kind, "full" if n_rows >= limit else reason)
+
+    def _is_here(self, chunk: Chunk) -> bool:
+        """Whether a chunk runs in the event loop."""
+        return chunk.n_rows <= self._here.rows and chunk.kind in self._quick
+
+    def _failed(self, chunk: Chunk, error: Exception) -> None:
+        """Tell a chunk's requests that it did not run."""
+        self._trace_batch(chunk, type(error).__name__)
+        for ticket, _, _ in chunk.pieces:
+            # It will not run again: the request ends with this error, and its rows leave the queue with it.
+            _deliver(ticket, error)
+
+    def _done(self, chunk: Chunk, columns: Columns, free_since: float) -> None:
+        """Give a chunk's requests what they asked for, and learn how fast it was; the runtime had been free since then."""
+        seconds, n_rows, work = time.monotonic() - chunk.started, chunk.n_rows, chunk.work
+        if n_rows <= min(self._here.rows, CHUNK_ROWS):
+            (self._quick.add if seconds < self._here.seconds else self._quick.discard)(chunk.kind)
+        # From chunk to chunk, not that of the run alone: what else this process does takes its time from the queue as well. Of chunks
+        # with many rows: a single cell's takes nearly as long as theirs, and says nothing of how fast they would be.
+        if n_rows >= min(chunk.limit, CHUNK_ROWS) // 2:
+            rate = n_rows / (time.monotonic() - free_since)
+            self._rows_per_second = 0.8 * (self._rows_per_second or rate) + 0.2 * rate
+            speed = n_rows / max(seconds, 1e-6)
+            self._speed[work.key[:2]] = 0.8 * self._speed.get(work.key[:2], speed) + 0.2 * speed
+        after_answers(self._measure, chunk, seconds)
+        batch = self._trace_batch(chunk)
+        position = 0
+        for ticket, start, stop in chunk.pieces:
+            ticket.compute_seconds += seconds
+            if ticket.charge is not None:
+                ticket.charge(seconds * (stop - start) / n_rows)
+            ticket.ended, ticket.n_chunks = chunk.started + seconds, ticket.n_chunks + 1
+            if batch is not None and ticket.trace is not None:
+                ticket.batches.append(batch)
+            _deliver(ticket, take(columns, position, position + stop - start))
+            position += stop - start
+
+    def _measure(self, chunk: Chunk, seconds: float) -> None:
         """Count a chunk."""
-        task = work.task.name
-        n_run = work.n_run(n_rows)
-        metrics.series(metrics.BATCHES, task, reason).inc()
-        metrics.series(metrics.BATCH_ROWS, task).observe(n_rows)
-        metrics.series(metrics.BATCH_FILL, task).observe(n_rows / limit)
-        metrics.series(metrics.BATCH_PADDING, task).observe(1 - n_rows / n_run)
+        runs = self.runs[chunk.work.model.id][chunk.n_rows]
+        runs.n_runs, runs.seconds = runs.n_runs + 1, runs.seconds + seconds
+        task = chunk.work.task.name
+        metrics.series(metrics.BATCHES, task, chunk.reason).inc()
+        metrics.series(metrics.BATCH_ROWS, task).observe(chunk.n_rows)
+        metrics.series(metrics.BATCH_FILL, task).observe(chunk.n_rows / chunk.limit)
+        metrics.series(metrics.BATCH_PADDING, task).observe(1 - chunk.n_rows / chunk.work.n_run(chunk.n_rows))
         metrics.series(metrics.BATCH_SECONDS, task).observe(seconds)
 
-    def _trace_batch(
-        self, pieces: list[tuple[Ticket, int, int]], started: float, limit: int, reason: str, error: str = ""
-    ) -> SpanContext | None:
+    def _trace_batch(self, chunk: Chunk, error: str = "") -> SpanContext | None:
         """Record a chunk for those of its requests that are traced."""
-        requests = [ticket.trace for ticket, _, _ in pieces if ticket.trace is not None]
+        requests = [ticket.trace for ticket, _, _ in chunk.pieces if ticket.trace is not None]
         if not requests:
             return None
-        work = pieces[0][0].work
-        n_rows = sum(stop - start for _, start, stop in pieces)
+        work, n_rows = chunk.work, chunk.n_rows
         attributes: dict[str, str | int | float] = {
             "cellserve.model": work.model.manifest.name,
             "cellserve.version": work.model.manifest.version,
             "cellserve.task": work.task.name,
-            "cellserve.requests": len(pieces),
+            "cellserve.requests": len(chunk.pieces),
             "cellserve.rows": n_rows,
-            "cellserve.fill": n_rows / limit,
+            "cellserve.fill": n_rows / chunk.limit,
             "cellserve.padding_rows": work.n_run(n_rows) - n_rows,
-            "cellserve.reason": reason,
+            "cellserve.reason": chunk.reason,
         }
-        return tracing.record_batch(requests, f"batch {work.task.name}", started, time.monotonic(), attributes, error)
+        return tracing.record_batch(
+            requests, f"batch {work.task.name}", chunk.started, time.monotonic(), attributes, error
+        )
 
     def _limit(self, first: Ticket) -> int:
         """Rows that may run in a chunk that begins with a ticket: whole CHUNK_ROWS, which fill the threads of a graph.
@@ -416,30 +506,47 @@ class Batcher:
         quick = 1 if first.is_short else int(self._speed.get(first.work.key[:2], 0.0) * CHUNK_SECONDS) // CHUNK_ROWS
         return min(self._batch_rows, max(1, quick) * CHUNK_ROWS)
 
-    def _next_pieces(self) -> list[tuple[Ticket, int, int]]:
-        """The next chunk: (ticket, first row, last row + 1), all of one work. Empty when nothing waits."""
-        pieces: list[tuple[Ticket, int, int]] = []
-        now = time.monotonic()
+    def _next_pieces(self) -> list[Piece]:
+        """The next chunk's, all of one work. Empty when nothing waits."""
+        pieces: list[Piece] = []
         while not pieces and (taken := self._lanes.take(self._limit)):
             for ticket, n_rows in taken:
-                ticket.is_waiting = False
-                if not ticket.n_taken:
-                    if now > ticket.deadline:
-                        _deliver(ticket, DeadlinePassed(waited_seconds=now - ticket.admitted))
-                        continue
-                    ticket.wait_seconds = now - ticket.admitted
-                    lane = "short" if ticket.is_short else "long"
-                    metrics.series(metrics.QUEUE_WAIT_SECONDS, lane).observe(ticket.wait_seconds)
-                pieces.append((ticket, ticket.n_taken, ticket.n_taken + n_rows))
-                ticket.n_taken += n_rows
-                self._change_queue(-n_rows)
+                if not self._take(ticket, n_rows):
+                    continue
+                pieces.append((ticket, ticket.n_taken - n_rows, ticket.n_taken))
                 # A ticket whose client does not read waits outside; `run` brings it back.
                 if ticket.n_left and len(ticket.results) + 1 < MAX_WAITING_CHUNKS:
                     self._enqueue(ticket)
         return pieces
 
+    def _take(self, ticket: Ticket, n_rows: int) -> bool:
+        """Take rows of a request out of the queue, to be run; false where it has waited for too long and is told so."""
+        ticket.is_waiting = False
+        if not ticket.n_taken:
+            try:
+                self._begin(ticket)
+            except DeadlinePassed as error:
+                _deliver(ticket, error)
+                return False
+        ticket.n_taken += n_rows
+        self._change_queue(-n_rows)
+        return True
 
-def _compute(pieces: list[tuple[Ticket, int, int]]) -> Columns:
+    def _begin(self, ticket: Ticket) -> None:
+        """Note how long a request has waited whose first rows are about to run.
+
+        Raises:
+            DeadlinePassed: too long.
+        """
+        now = time.monotonic()
+        if now > ticket.deadline:
+            raise DeadlinePassed(waited_seconds=now - ticket.admitted)
+        ticket.wait_seconds = now - ticket.admitted
+        lane = "short" if ticket.is_short else "long"
+        after_answers(metrics.series(metrics.QUEUE_WAIT_SECONDS, lane).observe, ticket.wait_seconds)
+
+
+def _compute(pieces: list[Piece]) -> Columns:
     """Run one chunk; in the compute thread."""
     work = pieces[0][0].work
     counts = stacked([some_rows(ticket.counts, start, stop) for ticket, start, stop in pieces])

@@ -73,6 +73,12 @@ def read(body: bytes, max_decoded_bytes: int) -> Cells:
     return cells
 
 
+def new_bytes(body: bytes) -> int:
+    """Bytes that are no part of a schema that is known: what there is to read, where the names of a genome outweigh a cell."""
+    known = known_bodies.find(body)
+    return len(body) if known is None else len(body) - len(known.prefix)
+
+
 def read_genes(body: bytes) -> tuple[str, ...]:
     """Names of the genes in the metadata of a stream's schema; what follows it is not looked at.
 

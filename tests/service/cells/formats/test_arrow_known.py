@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from service.cells.columns import Columns, LabelLists, Labels, Values, Vectors, take
 from service.cells.formats import arrow, arrow_known
-from service.cells.formats.arrow import ArrowWriter, read
+from service.cells.formats.arrow import ArrowWriter, new_bytes, read
 from service.cells.formats.arrow_known import MAX_ROWS, N_KNOWN, known_answers, known_bodies
 from service.errors import CellserveError
 from tests.builders import arrow_body, counts, gene_table
@@ -123,6 +123,17 @@ def test_the_limit_of_decoded_bytes() -> None:
     content = arrow_body(counts(50), GENES)
     read(content, LIMIT)
     assert outcome(content, 100)[0].__name__ == "BodyTooLarge"  # type: ignore[attr-defined]
+
+
+def test_new_bytes() -> None:
+    """Of a body whose schema is known only the rest counts: the header of the batch, the counts, the end."""
+    content = arrow_body(counts(1), GENES)
+    assert new_bytes(content) == len(content)
+    read(content, LIMIT)
+    (known,) = known_bodies._kept
+    assert new_bytes(content) == len(content) - len(known.prefix)
+    assert GENES[-1].encode() in known.prefix
+    assert new_bytes(content[:50]) == 50
 
 
 def test_what_is_kept_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
