@@ -35,6 +35,9 @@ HEADROOM = 1.75
 """An answer is expected so many times later than its rows alone would take: it must be written and sent as well, and others may go before.
 With 1.5 one answer in a hundred came too late under ten times the load (`make bench-overload`)."""
 
+LOOKS = 8
+"""Of so many short requests one looks whether others have come with it."""
+
 N_REMEMBERED = 8
 """The next long request is taken to have as many cells as the smallest of so many that came last."""
 
@@ -172,6 +175,8 @@ class Batcher:
         """Rows of the long requests that came last, whether they were taken or refused."""
         self._n_coming = 0
         """Long requests that are being parsed."""
+        self._n_alone = 0
+        """Short requests in a row that were alone, as far as was looked."""
         self._n_at_once = 0
         """Short requests that wait for the end of this turn of the loop, to run at once if there is no other."""
         self._quick: set[tuple[str, str, int]] = set()
@@ -280,13 +285,8 @@ class Batcher:
         chunk = self._chunk([(ticket, 0, n_rows)], "idle")
         if not (ticket.is_short and self._is_here(chunk)):
             return None
-        self._n_at_once += 1
-        try:
-            await asyncio.sleep(0)
-            if self._n_at_once > 1 or self._lanes or self._running_since is not None:
-                return None
-        finally:
-            self._n_at_once -= 1
+        if self._lanes or self._running_since is not None or not await self._is_alone():
+            return None
         if self._is_stopping:
             raise ShuttingDown
         self._begin(ticket)
@@ -302,6 +302,23 @@ class Batcher:
         if ticket.trace is not None:
             _trace(ticket, ticket.trace)
         return columns
+
+    async def _is_alone(self) -> bool:
+        """Whether no other short request has come in the same turn of the loop, which would run together with this one.
+
+        It takes the rest of the turn to know, and nearly as long as a cell. So after some that had no company only every `LOOKS`-th looks.
+        """
+        if self._n_alone >= LOOKS and self._n_alone % LOOKS:
+            self._n_alone += 1
+            return True
+        self._n_at_once += 1
+        try:
+            await asyncio.sleep(0)
+            is_alone = self._n_at_once == 1 and not self._lanes and self._running_since is None
+        finally:
+            self._n_at_once -= 1
+        self._n_alone = self._n_alone + 1 if is_alone else 0
+        return is_alone
 
     @property
     def is_running(self) -> bool:

@@ -13,7 +13,7 @@ from service import metrics
 from service.cells.columns import Columns, Values
 from service.errors import DeadlinePassed, ShuttingDown
 from service.inference import batcher as module
-from service.inference.batcher import Batcher, Timing, Work, run_whole
+from service.inference.batcher import LOOKS, Batcher, Timing, Work, run_whole
 from service.inference.here import Here
 from service.inference.model import Model
 from service.inference.task import Options, Task
@@ -98,6 +98,25 @@ async def test_company_in_the_same_turn(batcher: Batcher, work: Work, task: Firs
     assert await asyncio.gather(*map(either, (3, 4, 5))) == [[3], [4], [5]]
     assert task.chunks == [[3, 4, 5]]
     assert await asked(batcher, work, 6) == [6]
+
+
+async def test_who_is_alone_for_long_looks_now_and_then(batcher: Batcher, work: Work, task: FirstCount) -> None:
+    """After some without company a request runs in the turn in which it came; one of a few finds company, and then each looks again."""
+    for number in range(2 * LOOKS + 1):
+        assert await asked(batcher, work, number + 1) == [number + 1]
+    task.chunks.clear()
+    first, second = batcher.at_once(work, cells(1), Timing()), batcher.at_once(work, cells(2), Timing())
+    for one in (first, second):
+        with pytest.raises(StopIteration) as ended:
+            one.send(None)
+        assert ended.value.value is not None
+    assert task.chunks == [[1], [2]]
+
+    n_together = 0
+    for _ in range(LOOKS):
+        found = await asyncio.gather(asked(batcher, work, 1), asked(batcher, work, 2))
+        n_together += found == [None, None]
+    assert n_together >= LOOKS - LOOKS // 2
 
 
 async def test_who_waits_goes_first(batcher: Batcher, work: Work, task: FirstCount) -> None:
