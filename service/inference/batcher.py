@@ -35,8 +35,8 @@ HEADROOM = 1.75
 """An answer is expected so many times later than its rows alone would take: it must be written and sent as well, and others may go before.
 With 1.5 one answer in a hundred came too late under ten times the load (`make bench-overload`)."""
 
-LOOKS = 8
-"""Of so many short requests one looks whether others have come with it."""
+LOOKS = 16
+"""Of so many short requests two look whether others have come with them."""
 
 N_REMEMBERED = 8
 """The next long request is taken to have as many cells as the smallest of so many that came last."""
@@ -306,9 +306,10 @@ class Batcher:
     async def _is_alone(self) -> bool:
         """Whether no other short request has come in the same turn of the loop, which would run together with this one.
 
-        It takes the rest of the turn to know, and nearly as long as a cell. So after some that had no company only every `LOOKS`-th looks.
+        It takes the rest of the turn to know, a tenth of a cell's time. So after some that had no company only two of `LOOKS` look: two in a
+        row, since the last of those that come together finds the others gone.
         """
-        if self._n_alone >= LOOKS and self._n_alone % LOOKS:
+        if self._n_alone >= LOOKS and self._n_alone % LOOKS > 1:
             self._n_alone += 1
             return True
         self._n_at_once += 1
