@@ -102,7 +102,7 @@ async def test_company_in_the_same_turn(batcher: Batcher, work: Work, task: Firs
 
 async def test_who_is_alone_for_long_looks_now_and_then(batcher: Batcher, work: Work, task: FirstCount) -> None:
     """After some without company a request runs in the turn in which it came; one of a few finds company, and then each looks again."""
-    for number in range(2 * LOOKS + 1):
+    for number in range(LOOKS + 2):
         assert await asked(batcher, work, number + 1) == [number + 1]
     task.chunks.clear()
     first, second = batcher.at_once(work, cells(1), Timing()), batcher.at_once(work, cells(2), Timing())
