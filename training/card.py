@@ -92,7 +92,8 @@ def write(manifest: Manifest, run: Run, held_out: HeldOut | None) -> str:
         )
     sections.append(
         f"## Served against trained\n\nLargest differences between ONNX Runtime (float32) and torch (float64) over "
-        f"{manifest.parity.n_cells} held-out cells.\n\n" + _table(("output", "absolute", "relative", "allowed"), rows)
+        f"{manifest.parity.n_cells} {'held-out' if len(run.held_out) else 'training'} cells.\n\n"
+        + _table(("output", "absolute", "relative", "allowed"), rows)
     )
     provenance = manifest.provenance
     sections.append(

@@ -105,11 +105,7 @@ def fit(
     flags = {"fit.device": device, "fit.precision": precision, "fit.loggers": f"[{', '.join(log)}]" if log else None}
     overrides = [*(settings or []), *(f"{key}={value}" for key, value in flags.items() if value)]
     made = run.fit(configuration.load(config, tuple(overrides)), output, resume)
-    found = made.provenance
-    console.print(
-        f"{output}: best epoch {found['best_epoch'] + 1} of {found['n_epochs']}, validation loss "
-        f"{found['best_validation_loss']:.4f}, {found['seconds']:.0f} s"
-    )
+    console.print(f"{output}: {made.outcome}")
     if with_report:
         watching.write_report(made, output, output / reporting.REPORT, output / reporting.PLOTS)
 

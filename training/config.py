@@ -11,7 +11,6 @@ from training.data.features import BY_NAME, RULES
 from training.data.splits import HELD_OUT, METHODS
 from training.families import FAMILIES
 
-Share = Annotated[float, Field(gt=0, lt=1)]
 LoggerName = Literal["tensorboard", "mlflow"]
 
 
@@ -154,8 +153,8 @@ class Splits(Strict):
     test: Annotated[float, Field(ge=0, lt=1)] = 0.2
     """Never seen while training; the evaluation's held-out cells. 0 leaves none to evaluate on."""
 
-    validation: Share = 0.1
-    """Of all cells; they decide when to stop and which epoch is kept."""
+    validation: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    """Of all cells; they decide when to stop and which epoch is kept. 0: all cells are trained on, for all epochs, and the last is kept."""
 
     calibration: Annotated[float, Field(ge=0, lt=1)] | tuple[str, ...] = 0.0
     """Cells that probabilities, prediction sets and the threshold of unknown cells are fitted on: a share of all, or, with the method

@@ -46,12 +46,12 @@ class LossNotFinite(Exception):
 
 @dataclass(frozen=True)
 class Fitted:
-    """A family with the weights of its best epoch."""
+    """A family with the weights of its best epoch, or of its last where no validation cells tell which is best."""
 
     family: Family
     best_epoch: int
-    best_loss: float
-    """Validation loss of that epoch."""
+    best_loss: float | None
+    """Validation loss of that epoch; None without validation cells."""
 
     n_epochs: int
     is_interrupted: bool
@@ -74,6 +74,11 @@ class Fitting(lightning.LightningModule):
         """Noise depends on the epoch and not on what came before it, so that a resumed run draws the same."""
         torch.manual_seed(self.config.seed * 1_000_003 + self.current_epoch)
         self._sums, self._n_cells = {}, 0
+
+    def on_train_batch_end(self, outputs: Any, batch: Minibatch, batch_idx: int) -> None:  # noqa: ARG002
+        """Give the means to the callbacks where no validation does it. At the end of the epoch Lightning asks the callbacks first."""
+        if self.trainer.is_last_batch and not self.config.split.validation:
+            self._publish("train")
 
     def on_validation_epoch_start(self) -> None:
         """All epochs are validated with the same draws."""
@@ -210,6 +215,8 @@ def fit(
 ) -> Fitted:
     """Fit until the validation loss has not improved for `patience` epochs, and return the best epoch's weights.
 
+    With `split.validation: 0` nothing tells which epoch is best: all `max_epochs` are run, and the last epoch's weights are returned.
+
     Args:
         config: family, hyper-parameters, optimiser.
         prepared: the cells.
@@ -220,11 +227,15 @@ def fit(
 
     Raises:
         DeviceUnavailable: CUDA is asked for and absent.
-        NoTrainingCells: there are no validation cells.
+        NoTrainingCells: validation cells are asked for, and there are none.
         LossNotFinite: with the step, the cells and a likely cause; the best model so far is with it.
     """
-    if not len(prepared.validation):
-        raise NoTrainingCells("The split gives no validation cells. A stratum of fewer than three cells is not split.")
+    is_validated = bool(config.split.validation)
+    if is_validated and not len(prepared.validation):
+        raise NoTrainingCells(
+            "The split gives no validation cells. A stratum of fewer than three cells is not split. To train on all cells and keep the last "
+            "epoch, set split.validation: 0."
+        )
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)  # below that it advertises
     accelerator = choose_accelerator(config.fit.device)
@@ -234,11 +245,16 @@ def fit(
     module = Fitting(family, config)
     rows, seed = config.fit.rows, config.seed
     folder = directory / CHECKPOINTS
-    best = ModelCheckpoint(folder, BEST, monitor="validation_loss", enable_version_counter=False)
+    watching: list[lightning.Callback] = []
+    if is_validated:
+        watching = [
+            ModelCheckpoint(folder, BEST, monitor="validation_loss", enable_version_counter=False),
+            Patience("validation_loss", patience=config.fit.patience, check_finite=False),
+        ]
     # One of its own: `save_last` of the one above writes only when the best is written, and a kill would lose more epochs.
     latest = ModelCheckpoint(folder, LAST, enable_version_counter=False)
     interrupt = _Interrupt()
-    bar = [ProgressBar()] if show_progress else []
+    bar = [ProgressBar(is_validated)] if show_progress else []
     last = folder / f"{LAST}.ckpt"
     is_resumed = resume and last.exists()
     first_step = int(torch.load(last, map_location="cpu", weights_only=True)["global_step"]) if is_resumed else 0
@@ -253,9 +269,8 @@ def fit(
         max_epochs=config.fit.max_epochs,
         gradient_clip_val=config.fit.gradient_clip,
         callbacks=[
-            best,
+            *watching,
             latest,
-            Patience("validation_loss", patience=config.fit.patience, check_finite=False),
             MetricsLog(directory / METRICS),
             interrupt,
             *bar,
@@ -270,10 +285,12 @@ def fit(
     share = progress.share if config.fit.n_devices > 1 else None
     device = torch.device("cuda") if accelerator == "cuda" and has_room(config, prepared) else None
     train = Minibatches(prepared.train, rows, seed, progress.epoch, config.fit.balance, device, share)
-    validation = Minibatches(prepared.validation, rows, seed, device=device, share=share)
+    validation = Minibatches(prepared.validation, rows, seed, device=device, share=share) if is_validated else None
     with interrupt, _threads(config.fit.n_threads), warnings.catch_warnings():
         # Lightning 2.6 looks at the leaves of torch's trees in a way that torch 2.13 has deprecated.
         warnings.filterwarnings("ignore", r"`isinstance\(treespec, LeafSpec\)`", FutureWarning)
+        # It takes a step for validation without cells for an oversight.
+        warnings.filterwarnings("ignore", r"You defined a `validation_step` but have no `val_dataloader`", UserWarning)
         if resume:
             warnings.filterwarnings("ignore", r"Checkpoint directory .* exists and is not empty", UserWarning)
         try:
@@ -287,26 +304,29 @@ def fit(
         except LossNotFinite as error:
             if not last.exists():
                 raise LossNotFinite(f"{error} It is the first epoch, so no model was kept.") from None
-            error.fitted = _best(module, prepared, directory, is_interrupted=True)
+            error.fitted = _kept(module, prepared, directory, is_interrupted=True)
             error.args = (f"{error} The model of epoch {error.fitted.best_epoch + 1} was kept.",)
             raise
-    return _best(module, prepared, directory, interrupt.is_asked)
+    return _kept(module, prepared, directory, interrupt.is_asked)
 
 
-def _best(module: Fitting, prepared: Prepared, directory: Path, is_interrupted: bool) -> Fitted:
-    """The family with the weights of the best epoch, from its checkpoint."""
-    checkpoint = torch.load(directory / CHECKPOINTS / f"{BEST}.ckpt", map_location="cpu", weights_only=True)
-    module.load_state_dict(checkpoint["state_dict"])
-    # From the file and not from the trainer, which knows nothing where other processes did the work.
+def _kept(module: Fitting, prepared: Prepared, directory: Path, is_interrupted: bool) -> Fitted:
+    """The family with the weights of the best epoch, or of the last where none is best, from its checkpoint."""
+    # From the files and not from the trainer, which knows nothing where other processes did the work.
     last = torch.load(directory / CHECKPOINTS / f"{LAST}.ckpt", map_location="cpu", weights_only=True)
-    states = checkpoint["callbacks"].values()
-    state = next(state for state in states if state.get("monitor") and "best_model_score" in state)
+    checkpoint, best_loss = last, None
+    if module.config.split.validation:
+        checkpoint = torch.load(directory / CHECKPOINTS / f"{BEST}.ckpt", map_location="cpu", weights_only=True)
+        states = checkpoint["callbacks"].values()
+        state = next(state for state in states if state.get("monitor") and "best_model_score" in state)
+        best_loss = float(state["best_model_score"])
+    module.load_state_dict(checkpoint["state_dict"])
     family = module.family.cpu().eval()
     family.conclude(_examples(module.config, prepared.train))
     return Fitted(
         family=family,
         best_epoch=int(checkpoint["epoch"]),
-        best_loss=float(state["best_model_score"]),
+        best_loss=best_loss,
         n_epochs=int(last["epoch"]) + 1,
         is_interrupted=is_interrupted,
     )

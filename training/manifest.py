@@ -21,7 +21,7 @@ from service.inference.session import Runtime, Session
 from training import archive, explanation, imputation, missing_genes, parity, reference_space, saliency
 from training.data import source
 from training.data.prepared import encode_cells
-from training.data.splits import TEST, VALIDATION
+from training.data.splits import TRAIN
 from training.exported import exported_graphs
 from training.families.family import Graph, Imputed
 from training.gene_names import gene_table, has_ensembl_ids
@@ -165,8 +165,8 @@ def modality(run: Run, imputed: Imputed) -> Modality:
 
 
 def held_out_inputs(run: Run, n_cells: int) -> Arrays:
-    """Inputs of at most `n_cells` held-out cells, spread evenly over all of them."""
-    positions = run.split.positions(run.reference, TEST, VALIDATION)
+    """Inputs of at most `n_cells` held-out cells, spread evenly over all of them; of training cells where none are held out."""
+    positions = run.held_out if len(run.held_out) else run.split.positions(run.reference, TRAIN)
     chosen = positions[np.unique(np.linspace(0, len(positions) - 1, min(n_cells, len(positions))).astype(int))]
     cells = run.reference[chosen]
     genes = cells.var_names.get_indexer(run.prepared.var.index)
@@ -178,7 +178,7 @@ def held_out_inputs(run: Run, n_cells: int) -> Arrays:
 
 
 def golden_inputs(run: Run) -> Arrays:
-    """Inputs of the golden cells: real ones that were held out, and an empty cell."""
+    """Inputs of the golden cells: real ones, held out where any are, and an empty cell."""
     inputs = held_out_inputs(run, run.config.export.n_golden)
     return {name: np.concatenate([array, np.zeros_like(array[:1])]) for name, array in inputs.items()}
 

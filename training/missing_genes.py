@@ -11,7 +11,6 @@ from sklearn.neighbors import NearestNeighbors
 from service.contract.manifest import Graph, MissingGenes
 from service.inference.session import Session
 from training.data.prepared import encode_cells
-from training.data.splits import TEST, VALIDATION
 from training.run import Run
 
 N_CELLS, N_NEIGHBOURS = 256, 15
@@ -97,7 +96,7 @@ def section(table: MissingGenes) -> str:
 
 def held_out_counts(run: Run) -> NDArray[np.float32]:
     """Raw counts of held-out cells that are not empty, over the model's genes, shape (at most 256, n_genes)."""
-    positions = run.split.positions(run.reference, TEST, VALIDATION)
+    positions = run.held_out
     chosen = positions[np.unique(np.linspace(0, len(positions) - 1, min(N_CELLS, len(positions))).astype(int))]
     cells = run.reference[chosen]
     genes = cells.var_names.get_indexer(run.prepared.var.index)

@@ -9,7 +9,6 @@ from service.inference.annotate import TASK
 from service.inference.model import Model
 from service.inference.profile import column_suffix, entropy
 from training.data.prepared import encode_cells
-from training.data.splits import TEST, VALIDATION
 from training.run import Run
 
 MAX_CELLS = 20_000
@@ -34,7 +33,7 @@ def distribution(values: NDArray[np.floating]) -> Distribution:
 
 def _levels(run: Run, model: Model) -> dict[str, LevelProfile]:
     """By level of the data; a level of the family's own, such as its clusters, has no shares in the reference."""
-    positions = run.split.positions(run.reference, TEST, VALIDATION)
+    positions = run.held_out
     if not len(positions) or not set(TASK.graphs) <= set(model.sessions):
         return {}
     cells = run.reference[positions[_evenly(len(positions))]]

@@ -28,11 +28,12 @@ class _Bar(Progress):
 class ProgressBar(lightning.Callback):
     """One bar over all epochs with loss, cells per second and the time left, should early stopping spare no epoch; below, the loss's parts."""
 
-    def __init__(self) -> None:
+    def __init__(self, is_validated: bool = True) -> None:
+        validation = " | validation {task.fields[validation]:.4g}" if is_validated else ""
         self._progress = _Bar(
             TextColumn("epoch {task.fields[epoch]}"),
             BarColumn(bar_width=16),
-            TextColumn("loss {task.fields[loss]:.4g} | validation {task.fields[validation]:.4g}"),
+            TextColumn(f"loss {{task.fields[loss]:.4g}}{validation}"),
             TextColumn("{task.fields[speed]:,.0f} cells/s"),
             TextColumn("left:"),
             TimeRemainingColumn(compact=True),

@@ -78,8 +78,10 @@ def build(run: Run, sessions: Mapping[str, Session], with_projection: bool = Tru
     if wanted.project and with_projection and len(latent) >= Projector.MIN_CELLS:
         umap, projector = fit_projection(latent, run.config.seed)
         files[UMAP] = _npy(umap)
-        validation = run.prepared.validation.take(np.arange(len(run.prepared.validation)))
-        metrics = measure_projection(projector, reference.latent, umap, encode(validation, sessions), run.config.seed)
+        others = np.empty((0, latent.shape[1]), np.float32)
+        if len(run.prepared.validation):
+            others = encode(run.prepared.validation.take(np.arange(len(run.prepared.validation))), sessions)
+        metrics = measure_projection(projector, reference.latent, umap, others, run.config.seed)
     manifest = Reference(
         latent=LATENT,
         cells=CELLS,

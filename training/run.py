@@ -18,6 +18,7 @@ import numpy as np
 import pandas as pd
 import torch
 from anndata import AnnData
+from numpy.typing import NDArray
 
 from training import archive, loggers, start
 from training import config as configuration
@@ -28,7 +29,7 @@ from training.config import Config
 from training.data import source
 from training.data.prepared import Prepared, add_labels, prepare, split_reference
 from training.data.reference import load_reference
-from training.data.splits import TEST, Split
+from training.data.splits import TEST, VALIDATION, Split
 from training.data.stored_cells import SCRATCH_PREFIX
 from training.families.family import Family
 
@@ -66,6 +67,23 @@ class Run:
     def test_cells(self) -> AnnData:
         """Held-out cells of all sets over the model's genes."""
         return self.reference[self.split.positions(self.reference, TEST), self.prepared.var.index]
+
+    @property
+    def held_out(self) -> NDArray[np.int64]:
+        """Positions of the test and validation cells; none where the configuration sets neither apart."""
+        return self.split.positions(self.reference, TEST, VALIDATION)
+
+    @property
+    def outcome(self) -> str:
+        """Which epoch was kept, and how long it took, in a few words."""
+        found = self.provenance
+        kept = f"last epoch of {found['n_epochs']}, no validation cells"
+        if found["best_validation_loss"] is not None:
+            kept = (
+                f"best epoch {found['best_epoch'] + 1} of {found['n_epochs']}, validation loss "
+                f"{found['best_validation_loss']:.4f}"
+            )
+        return f"{kept}, {found['seconds']:.0f} s"
 
 
 def fit(config: Config, directory: Path, resume: bool = False, show_progress: bool = True) -> Run:

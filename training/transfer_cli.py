@@ -100,11 +100,7 @@ def integrate(
 
 def _fit(config: Config, output: Path, settings: list[str] | None) -> None:
     made = runs.fit(configuration.override(config, tuple(settings or ())), output)
-    found = made.provenance
-    console.print(
-        f"{output}: best epoch {found['best_epoch'] + 1} of {found['n_epochs']}, validation loss "
-        f"{found['best_validation_loss']:.4f}, {found['seconds']:.0f} s"
-    )
+    console.print(f"{output}: {made.outcome}")
 
 
 def _pairs(columns: list[str] | None) -> dict[str, str]:

@@ -252,7 +252,7 @@ class Reference(Strict):
 
 
 class Difference(Strict):
-    """Largest differences between ONNX Runtime (float32) and torch (float64) over held-out cells."""
+    """Largest differences between ONNX Runtime (float32) and torch (float64) over held-out cells, or training cells where none are held out."""
 
     absolute: Annotated[float, Field(ge=0)]
     relative: Annotated[float, Field(ge=0)]

@@ -50,3 +50,12 @@ def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[run.Run]:
     with pytest.MonkeyPatch.context() as monkeypatch:
         register(monkeypatch)
         yield run.fit(tiny_config(), tmp_path_factory.mktemp("tiny") / "run", show_progress=False)
+
+
+@pytest.fixture(scope="session")
+def whole_run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[run.Run, Path]]:
+    """A finished tiny run that has met all of its cells, and its directory."""
+    directory = tmp_path_factory.mktemp("whole") / "run"
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        register(monkeypatch)
+        yield run.fit(tiny_config(split={"test": 0, "validation": 0}), directory, show_progress=False), directory

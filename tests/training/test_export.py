@@ -149,6 +149,18 @@ def test_golden_cells_are_held_out(exported: Path, family_run: FamilyRun) -> Non
     assert not any(row.tobytes() in trained_on for row in golden)
 
 
+def test_a_run_that_met_all_its_cells_is_exported(whole_run: FamilyRun, tmp_path: Path) -> None:
+    """Runtimes are compared on training cells, as the card says; of cells that were held out nothing is said."""
+    made = whole_run[0]
+    model = serving.load(artifact.read(exporting.export(made, tmp_path)), Runtime())
+    assert model.manifest.parity.n_cells == made.config.export.n_parity
+    assert "over 24 training cells" in model.card
+    for heading in ("## Held-out cells", "## Missing genes", "the nearest 5 vote"):
+        assert heading not in model.card
+    assert (model.manifest.missing_genes, model.manifest.reference.vote) == (None, None)
+    assert model.classify(made.reference[:3, made.prepared.var.index].X)["cell_type"].shape == (3, 3)
+
+
 def test_a_model_without_labels_is_exported_without_classify(tiny_sets: None, tmp_path: Path) -> None:
     """Graphs that a model lacks are left out; nothing else changes."""
     made = run.fit(tiny_config(labels=[]), tmp_path / "run", show_progress=False)

@@ -1,11 +1,13 @@
 """Fitting: the same run gives the same weights, broken or not; the device; Ctrl-C."""
 
 import csv
+import dataclasses
 import hashlib
 import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, get_args
 
@@ -19,7 +21,7 @@ from tests.training.tiny import SETTINGS, tiny_cells, tiny_config
 from training import fit as fitting
 from training import run
 from training.config import Config, Fit
-from training.data.prepared import Prepared, prepare, split_reference
+from training.data.prepared import NoTrainingCells, Prepared, prepare, split_reference
 from training.data.reference import load_reference
 from training.families.family import Example
 from training.families.vae import VAE
@@ -45,6 +47,17 @@ def with_fit(**changes: Any) -> Config:
     return tiny_config(fit={**SETTINGS["fit"], **changes})
 
 
+def unvalidated(**changes: Any) -> Config:
+    """The same without validation cells."""
+    return tiny_config(fit={**SETTINGS["fit"], **changes}, split={"validation": 0})
+
+
+def log(directory: Path) -> list[dict[str, str]]:
+    """The lines of metrics.csv without the times."""
+    with (directory / "metrics.csv").open(newline="") as file:
+        return [{key: value for key, value in row.items() if key != "seconds"} for row in csv.DictReader(file)]
+
+
 class PowerCut(Exception):
     """The process ends in the middle of an epoch."""
 
@@ -65,24 +78,20 @@ class InterruptInSecondEpoch(MetricsLog):
             os.kill(os.getpid(), signal.SIGINT)
 
 
+@pytest.mark.parametrize("configured", [with_fit, unvalidated])
 def test_resuming_equals_never_having_stopped(
-    prepared: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    prepared: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, configured: Callable[..., Config]
 ) -> None:
     """A run that was cut and resumed ends with the same bits and the same log as one that was not, schedule and noise included."""
-    config = with_fit(max_epochs=5, patience=5, schedule="one_cycle", thinning=0.5, gene_dropout=0.1)
+    config = configured(max_epochs=5, patience=5, schedule="one_cycle", thinning=0.5, gene_dropout=0.1)
     unbroken = weights(config, prepared, tmp_path / "unbroken")
     with monkeypatch.context() as patch:
         patch.setattr(fitting, "MetricsLog", CutInThirdEpoch)
         with pytest.raises(PowerCut):
             weights(config, prepared, tmp_path / "broken")
     assert weights(config, prepared, tmp_path / "broken", resume=True) == unbroken
-
-    def log(name: str) -> list[dict[str, str]]:
-        with (tmp_path / name / "metrics.csv").open(newline="") as file:
-            return [{key: value for key, value in row.items() if key != "seconds"} for row in csv.DictReader(file)]
-
-    assert log("broken") == log("unbroken")
-    assert [row["epoch"] for row in log("broken")] == ["0", "1", "2", "3", "4"]
+    assert log(tmp_path / "broken") == log(tmp_path / "unbroken")
+    assert [row["epoch"] for row in log(tmp_path / "broken")] == ["0", "1", "2", "3", "4"]
 
 
 KILLED = """
@@ -238,14 +247,21 @@ def test_two_processes_train_like_one(prepared: Prepared, tmp_path: Path) -> Non
         torch.testing.assert_close(two.family.state_dict()[name], tensor, rtol=1e-2, atol=1e-3)
 
 
-def test_ctrl_c_keeps_the_best_model(prepared: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The epoch that is running is finished, and the best epoch so far is returned."""
+@pytest.mark.parametrize(("configured", "kept"), [(with_fit, {0, 1}), (unvalidated, {1})])
+def test_ctrl_c_keeps_the_best_model(
+    prepared: Prepared,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    configured: Callable[..., Config],
+    kept: set[int],
+) -> None:
+    """The epoch that is running is finished, and the best epoch so far is returned; the last where none is best."""
     before = signal.getsignal(signal.SIGINT)
     monkeypatch.setattr(fitting, "MetricsLog", InterruptInSecondEpoch)
-    fitted = fitting.fit(with_fit(max_epochs=50), prepared, tmp_path, show_progress=False)
+    fitted = fitting.fit(configured(max_epochs=50), prepared, tmp_path, show_progress=False)
     assert fitted.is_interrupted
     assert fitted.n_epochs == 2
-    assert fitted.best_epoch in (0, 1)
+    assert fitted.best_epoch in kept
     assert signal.getsignal(signal.SIGINT) is before
 
 
@@ -256,6 +272,42 @@ def test_early_stopping_returns_the_best_epoch(prepared: Prepared, tmp_path: Pat
     )
     assert fitted.n_epochs < 60
     assert fitted.best_epoch == fitted.n_epochs - 2
+
+
+def test_without_validation_the_last_epoch_is_kept(prepared: Prepared, tmp_path: Path) -> None:
+    """All epochs are run, with the weights and the training losses of a fit that looks at validation cells, of which nothing is said."""
+    changes: dict[str, Any] = {"max_epochs": 12, "patience": 12, "learning_rate": 0.1}
+    fitting.fit(with_fit(**changes), prepared, tmp_path / "validated", show_progress=False)
+    last = torch.load(tmp_path / "validated/checkpoints/last.ckpt", weights_only=True)["state_dict"]
+    found = fitting.fit(
+        unvalidated(max_epochs=12, patience=1, learning_rate=0.1), prepared, tmp_path / "found", show_progress=False
+    )
+    assert (found.n_epochs, found.best_epoch, found.best_loss) == (12, 11, None)
+    assert all(torch.equal(weight, last[f"family.{name}"]) for name, weight in found.family.state_dict().items())
+    expected = [
+        {key: value for key, value in row.items() if not key.startswith("validation_")}
+        for row in log(tmp_path / "validated")
+    ]
+    assert log(tmp_path / "found") == expected
+    assert not (tmp_path / "found/checkpoints/best.ckpt").exists()
+
+
+def test_validation_cells_that_are_asked_for_must_be_there(prepared: Prepared, tmp_path: Path) -> None:
+    """A split of tiny strata gives none, which nobody may take for a decision."""
+    bare = dataclasses.replace(prepared, validation=prepared.validation.take(np.arange(0)))
+    with pytest.raises(NoTrainingCells, match=r"set split\.validation: 0"):
+        fitting.fit(tiny_config(), bare, tmp_path, show_progress=False)
+
+
+def test_a_run_without_validation_cells_reads_back(whole_run: tuple[run.Run, Path]) -> None:
+    """It says that its last epoch was kept, and has no loss to say."""
+    made, directory = whole_run
+    again = run.load(directory)
+    assert len(made.prepared.train) == made.reference.n_obs
+    assert again.provenance["best_validation_loss"] is None
+    assert again.provenance["best_epoch"] == again.provenance["n_epochs"] - 1 == 2
+    assert again.outcome.startswith("last epoch of 3, no validation cells, ")
+    assert not len(again.held_out)
 
 
 def test_cuda_that_is_absent_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -57,7 +57,7 @@ def split_cells(
         cells: those marked "test" in obs["published_split"] are set apart as "published" and drawn for nothing else.
         strata: one value per cell, for example its set and class.
         test: share of each stratum; may be 0.
-        validation: share of each stratum.
+        validation: share of each stratum; may be 0.
         seed: of the draw.
         is_sequential: draw nothing: the last cells of a stratum are test cells, those before them validation cells, and so on.
         calibration: share of each stratum; may be 0. The other parts do not depend on it.
@@ -107,7 +107,7 @@ def hold_out(
         batch: technical batch of each cell.
         held_out: names of data sets or batches; all their cells are test cells, but for those that were published apart.
         strata: from each of which validation cells are drawn alike.
-        validation: share of the other cells.
+        validation: share of the other cells; may be 0.
         seed: of that draw.
         calibration: share of the other cells that calibrate, or names of data sets or batches whose cells do.
 

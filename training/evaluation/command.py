@@ -20,7 +20,7 @@ from training.evaluation.tables import number, tables
 
 console = Console()
 
-USER_ERRORS = (models.NoCheckpoint, sampling.CannotSample)
+USER_ERRORS = (evaluate.NothingHeldOut, models.NoCheckpoint, sampling.CannotSample)
 
 RunPath = Annotated[Path, typer.Argument(help="Directory that `fit --output` wrote.")]
 

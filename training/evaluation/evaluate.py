@@ -35,6 +35,10 @@ INTEGRATION_CELLS = 4_000
 Show = Callable[[str], object]
 
 
+class NothingHeldOut(Exception):
+    """A run has met all of its cells."""
+
+
 def evaluate(
     run: Run,
     directory: Path,
@@ -59,9 +63,15 @@ def evaluate(
         The document, as docs/evaluate.md describes it: numbers as they are, None for what is not defined.
 
     Raises:
+        NothingHeldOut: the split has neither test nor validation cells.
         NoCheckpoint: the last model is asked for and was not kept.
         UnknownColumn: no such column.
     """
+    if not len(run.held_out):
+        raise NothingHeldOut(
+            f"{run.config.name} has neither test nor validation cells, and figures of cells that it was trained on say nothing of others. Fit "
+            "it with split.test or split.validation above 0."
+        )
     found = {name: models.load(run, directory, name) for name in which}
     for name in (models.BEST, models.LAST):
         if name not in found and (name == models.BEST or models.has_last(directory)):

@@ -11,7 +11,7 @@ from training.run import Run
 
 BEST, LAST = fitting.BEST, fitting.LAST
 MEANING = {
-    BEST: "the epoch of the lowest validation loss: what early stopping returns, and what is exported",
+    BEST: "the epoch of the lowest validation loss, or the last without validation cells: what is exported",
     LAST: "the epoch that training ended with",
 }
 

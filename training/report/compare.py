@@ -60,7 +60,7 @@ class Entry:
 
     n_epochs: int
     losses: Mapping[str, float | None]
-    """Validation loss at the best epoch and its parts, "loss" first; None for what is not finite."""
+    """Validation loss at the best epoch and its parts, "loss" first; None for what is not finite. Empty without validation cells."""
 
     curves: Curves | None
     seconds: float
@@ -120,7 +120,8 @@ def read(directory: Path, label: str) -> Entry:
     try:
         provenance = json.loads((directory / PROVENANCE).read_text())
         best_epoch, n_epochs = int(provenance["best_epoch"]) + 1, int(provenance["n_epochs"])
-        best_loss, seconds = float(provenance["best_validation_loss"]), float(provenance["seconds"])
+        best_loss, seconds = provenance["best_validation_loss"], float(provenance["seconds"])
+        known_loss = {} if best_loss is None else {"loss": _finite(float(best_loss))}
         with np.load(io.BytesIO((directory / WEIGHTS).read_bytes()), allow_pickle=False) as arrays:
             n_stored = sum(arrays[name].size for name in arrays.files)
         losses = curves.read(directory)
@@ -138,7 +139,7 @@ def read(directory: Path, label: str) -> Entry:
         settings=_settings(config),
         best_epoch=best_epoch,
         n_epochs=n_epochs,
-        losses=_validation(losses, best_epoch) or {"loss": _finite(best_loss)},
+        losses=_validation(losses, best_epoch) or known_loss,
         curves=losses,
         seconds=seconds,
         n_parameters=provenance.get("n_parameters"),

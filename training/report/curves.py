@@ -51,7 +51,11 @@ def read(directory: Path) -> Curves | None:
 
 
 def plot(curves: Curves, best_epoch: int) -> Image:
-    """One panel for the loss and one for each of its parts, training and validation; a line marks the best epoch, counted from 1."""
+    """One panel for the loss and one for each of its parts, training and validation; a line marks the best epoch, counted from 1.
+
+    Without validation losses no epoch is best, and there is no line.
+    """
+    is_validated = any("validation" in parts for parts in curves.values.values())
     n_columns = min(3, len(curves.values))
     n_rows = -(-len(curves.values) // n_columns)
 
@@ -64,10 +68,14 @@ def plot(curves: Curves, best_epoch: int) -> Image:
                 finite = np.isfinite(values)
                 marker = "." if finite.sum() < 15 else ""
                 panel.plot(curves.epoch[finite], values[finite], label=part, marker=marker, linewidth=1.2)
-            panel.axvline(best_epoch, color="0.6", linewidth=0.8, linestyle="--", label="best epoch")
+            if is_validated:
+                panel.axvline(best_epoch, color="0.6", linewidth=0.8, linestyle="--", label="best epoch")
             panel.set_title(name)
             panel.set_xlabel("epoch")
         panels[0].legend()
 
-    text = f"Training and validation {', '.join(curves.values)} over {len(curves.epoch)} epochs; the best is epoch {best_epoch}."
+    names, n_epochs = ", ".join(curves.values), len(curves.epoch)
+    text = f"Training {names} over {n_epochs} epochs; there are no validation cells."
+    if is_validated:
+        text = f"Training and validation {names} over {n_epochs} epochs; the best is epoch {best_epoch}."
     return draw("curves", text, (3.6 * n_columns, 2.6 * n_rows), paint)

@@ -77,9 +77,13 @@ def write(report: Report, path: Path, plots_folder: Path | None = None) -> None:
 
 def _overview(run: Run, unseen: Sample, rebuilt: Reconstruction, annotations: tuple[Annotation, ...]) -> Section:
     found = run.provenance
-    rows: list[tuple[str, str | int | float]] = [
-        ("best epoch", f"{found['best_epoch'] + 1} of {found['n_epochs']}"),
-        ("validation loss of that epoch", float(found["best_validation_loss"])),
+    rows: list[tuple[str, str | int | float]] = [("epoch that was kept", f"the last, {found['n_epochs']}")]
+    if found["best_validation_loss"] is not None:
+        rows = [
+            ("best epoch", f"{found['best_epoch'] + 1} of {found['n_epochs']}"),
+            ("validation loss of that epoch", float(found["best_validation_loss"])),
+        ]
+    rows += [
         ("seconds to train", float(found["seconds"])),
         ("parameters", sum(weight.numel() for weight in run.family.parameters())),
         ("genes", len(run.prepared.var)),
@@ -108,7 +112,8 @@ def _losses(run: Run, directory: Path, images: list[Image]) -> Section:
         rows.append((name, *(float(value[0]) if len(value) else "absent" for value in values)))
     n_lost = sum(int((~np.isfinite(values)).sum()) for parts in found.values.values() for values in parts.values())
     lost = (note(f"{n_lost} values in metrics.csv are not numbers and are left out of the curves."),) if n_lost else ()
-    return Section("Losses", (image(images[-1]), table(("at the best epoch", "train", "validation"), rows), *lost))
+    kept = "at the last epoch" if run.provenance["best_validation_loss"] is None else "at the best epoch"
+    return Section("Losses", (image(images[-1]), table((kept, "train", "validation"), rows), *lost))
 
 
 def _latent(run: Run, shown: Sample, images: list[Image]) -> Section:

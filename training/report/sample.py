@@ -61,10 +61,12 @@ def draw_all(run: Run, n_cells: int, seed: int = 0) -> Sample:
 
 
 def draw_unseen(run: Run, n_cells: int, seed: int = 0) -> Sample:
-    """At most `n_cells` test cells, drawn at random; validation cells where the split has no others."""
+    """At most `n_cells` test cells, drawn at random; validation cells where the split has no others, training cells where it has neither."""
     if len(run.split.positions(run.reference, TEST)):
         return _draw(run, "test cells", (TEST,), n_cells, seed)
-    return _draw(run, "validation cells (the split has no test cells)", (VALIDATION,), n_cells, seed)
+    if len(run.split.positions(run.reference, VALIDATION)):
+        return _draw(run, "validation cells (the split has no test cells)", (VALIDATION,), n_cells, seed)
+    return _draw(run, "training cells (the split has no others, so figures are too good)", (TRAIN,), n_cells, seed)
 
 
 def _draw(run: Run, part: str, parts: tuple[str, ...], n_cells: int, seed: int) -> Sample:

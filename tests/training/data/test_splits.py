@@ -41,6 +41,13 @@ def test_each_stratum_is_split_alike() -> None:
     }  # fmt: skip
 
 
+def test_without_validation_cells_the_others_stay_where_they_are() -> None:
+    """Test cells are the same; what would have been validation cells is trained on."""
+    strata = ["common"] * 190 + ["rare"] * 10
+    some, none = (split_cells(cells(), strata, 0.2, share, seed=0).part for share in (0.1, 0.0))
+    assert none == {name: TRAIN if part == VALIDATION else part for name, part in some.items()}
+
+
 def test_published_test_cells_are_drawn_for_nothing_else() -> None:
     """They are a part of their own."""
     split = split_cells(cells(n_published=50), ["x"] * 200, 0.2, 0.1, seed=0)

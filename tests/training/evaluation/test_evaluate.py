@@ -10,7 +10,7 @@ import pytest
 from tests.training.evaluation.conftest import Evaluated, hide
 from tests.training.tiny import register, tiny_config
 from training import run
-from training.evaluation import evaluate, models
+from training.evaluation import annotation, evaluate, models
 
 MEMBERS = {"schema_version", "name", "family", "seed", "cells", "annotation", "models"}
 MEASURED = {
@@ -112,6 +112,30 @@ def test_a_last_model_that_was_not_kept(overshooting: Path, tiny_sets: None, tmp
     code, _, err = type_words("evaluate", str(directory), "--model", "last")
     assert (code, "no checkpoints/last.ckpt" in err, "--model best" in err) == (2, True, True)
     assert not (directory / "evaluation.json").exists()
+
+
+def test_a_run_that_met_all_its_cells_cannot_be_evaluated(
+    whole_run: tuple[run.Run, Path], tiny_sets: None, type_words
+) -> None:
+    """One sentence with the way out, and nothing is written."""
+    code, _, err = type_words("evaluate", str(whole_run[1]))
+    assert (code, "neither test nor validation cells" in err, "split.test" in err) == (2, True, True)
+    assert not (whole_run[1] / "evaluation.json").exists()
+
+
+def test_without_validation_cells_test_cells_are_measured(
+    tiny_sets: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The loss has no validation part, the best model is the last, and C is chosen on folds of the training cells."""
+    hide(monkeypatch, "scib_metrics")
+    few = {"logistic_regression_tuned": ((0.01, 1.0), None)}
+    monkeypatch.setattr(annotation, "REGRESSIONS", few)
+    made = run.fit(tiny_config(split={"validation": 0}), tmp_path, show_progress=False)
+    document = evaluate.evaluate(made, tmp_path, is_across=False)
+    best = document["models"]["best"]
+    assert set(best["loss"]) == {"train", "test"}
+    assert (best["held_out_part"], best["epoch"], document["models"]["last"]["epoch"]) == ("test", 3, 3)
+    assert all(row["logistic_regression_tuned"]["accuracy"] > 0.9 for row in document["annotation"])
 
 
 def test_a_column_that_the_cells_lack(overshooting: Path, tiny_sets: None, type_words) -> None:

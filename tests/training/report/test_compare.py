@@ -45,6 +45,19 @@ def runs_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         yield folder
 
 
+def test_a_run_without_validation_cells_has_no_loss_to_compare(
+    runs_folder: Path, whole_run: tuple[run.Run, Path]
+) -> None:
+    """It stands behind those that have one, and is no broken run."""
+    found = comparing.compare([whole_run[1], runs_folder / "alone", runs_folder / "wide"])
+    entry = next(entry for entry in found.entries if entry.directory == whole_run[1])
+    assert entry.losses == {}
+    assert found.groups[entry.group][-1] is entry
+    (row,) = [values for name, values in comparing.rows(found) if name == "validation loss"]
+    assert row[found.entries.index(entry)] == "-"
+    assert comparing.plot(found, "svg").data
+
+
 def test_figures_are_those_of_the_files(runs_folder: Path) -> None:
     """Loss and parts at the best epoch, seconds, weights and evaluation are read, not guessed."""
     found = comparing.compare([runs_folder / "wide", runs_folder / "narrow"])

@@ -118,6 +118,18 @@ def test_every_family_has_a_report(family_run: tuple[run.Run, Path]) -> None:
     assert page.value("split, weights, order of cells, noise") == str(fitted.config.seed)
 
 
+def test_a_run_that_met_all_its_cells_has_a_report(whole_run: tuple[run.Run, Path]) -> None:
+    """Training losses alone, no epoch that is best, and a word that the figures are of cells that it knows."""
+    report = reporting.make(*whole_run, N_CELLS)
+    page = Page(report.html)
+    check_stands_alone(report, page)
+    assert page.value("epoch that was kept") == "the last, 3"
+    assert page.value("loss")[0].isdigit()
+    assert "validation loss of that epoch" not in page.cells
+    assert any("training cells (the split has no others, so figures are too good)" in note for note in page.notes)
+    assert any("there are no validation cells" in text for text in page.alternatives)
+
+
 def test_figures_are_those_of_the_network_and_of_sklearn(tiny_sets: None, tmp_path: Path) -> None:
     """Accuracy, calibration, reconstruction and clusters agree with what is computed here from the exported modules."""
     fitted, report, page = made(tmp_path, fit={**SETTINGS["fit"], "max_epochs": 20})
