@@ -133,9 +133,9 @@ def reproduce(config: ConfigPath, store: StorePath = Path("models_store"), setti
     with tempfile.TemporaryDirectory() as scratch:
         made = run.fit(wanted, Path(scratch) / "run")
         if shipped.calibration:
-            found = calibrate(
-                made, shipped.unknown.share_of_epochs if shipped.unknown else 1.0, shipped.unknown is not None
-            )
+            share_of_epochs = shipped.unknown.share_of_epochs if shipped.unknown else 1.0
+            n_folds = next(iter(shipped.calibration.values())).n_folds
+            found = calibrate(made, share_of_epochs, shipped.unknown is not None, n_folds=n_folds)
             made = dataclasses.replace(made, calibration=found)
         again = artifact.read_manifest(exporting.export(made, Path(scratch) / "store"))
     table = Table("graph", f"sha256 in {shipped.id}", "sha256 again", "same")

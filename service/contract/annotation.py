@@ -110,11 +110,15 @@ class LevelCalibration(Strict):
     """`weight`, a number, one per class, or rows one after the other; and `bias`, where the method has one."""
 
     cells: str
-    """The part of the data that it was fitted on; the network never saw them in a gradient."""
+    """The part of the data that it was fitted on."""
 
     n_cells: Annotated[int, Field(gt=0)]
+    n_folds: Annotated[int, Field(gt=1)] | None = None
+    """Each of those cells was judged by one of so many networks, which was trained without its fold, and the network that is served was
+    trained on more of them. None: the network that is served judged them, and never saw them in a gradient."""
+
     candidates: dict[str, float]
-    """Log-loss of each method, cross-validated in five parts; the least was kept."""
+    """Log-loss of each method, cross-validated in those folds, or else in five parts; the least was kept."""
 
     before: Reliability
     after: Reliability
@@ -184,6 +188,9 @@ class UnknownDetection(Strict):
     """The part of the data that known cells are taken from."""
 
     n_cells: Annotated[int, Field(gt=0)]
+    n_folds: Annotated[int, Field(gt=1)] | None = None
+    """As in LevelCalibration: the networks that the known cells were judged by, each trained without its fold."""
+
     mean_auroc: dict[str, Share]
     """By candidate, over the classes."""
 

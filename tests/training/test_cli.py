@@ -53,6 +53,19 @@ def test_from_counts_to_a_version_and_back(command, tmp_path: Path, monkeypatch:
     assert (code, "exists" in err) == (2, True)
 
 
+def test_a_version_calibrated_in_folds_is_reproduced(command) -> None:
+    """Without validation cells; the manifest says in how many folds."""
+    without = ("--set", "split.validation=0")
+    code, out, _ = command("fit", "tiny.yaml", "--output", "run", *without)
+    assert (code, "run: last epoch of 3, no validation cells, " in out) == (0, True)
+    code, _, err = command("calibrate", "run")
+    assert (code, "--folds 5" in err) == (2, True)
+    assert command("calibrate", "run", "--folds", "2", "--no-unknown")[0] == 0
+    assert command("export", "run")[0] == 0
+    code, out, _ = command("reproduce", "tiny.yaml", *without)
+    assert (code, out.count("yes"), "no " in out) == (0, 6, False)
+
+
 def test_data_sets_are_listed(command) -> None:
     """With shape, licence and whether they are here."""
     code, out, _ = command("datasets")

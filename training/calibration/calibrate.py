@@ -1,18 +1,23 @@
-"""Calibrate a run: probabilities, prediction sets and the recognition of unknown cells, all on cells that no gradient came from."""
+"""Calibrate a run: probabilities, prediction sets and the recognition of unknown cells, all on cells that no gradient came from.
+
+Either they were set apart from the run, or each cell of it is judged by a network that is trained without its fold (folds.py).
+"""
 
 from collections.abc import Callable
 
 import numpy as np
 from numpy.typing import NDArray
 
-from service.contract.annotation import Conformal, LabelLevel, LevelCalibration
+from service.contract.annotation import Conformal, LevelCalibration
+from training.calibration import folds, sets, unknown
 from training.calibration import probabilities as fitting
-from training.calibration import sets, unknown
+from training.calibration.folds import CalibrationCells
 from training.calibration.probabilities import METHODS, Map
-from training.calibration.scores import over_rows
-from training.calibration.stored import Calibration
+from training.calibration.scores import over_rows, quantiles_of
+from training.calibration.stored import Calibration, StoredScore
 from training.data.minibatches import Cells
-from training.data.splits import CALIBRATION, VALIDATION
+from training.data.prepared import encode_obs
+from training.data.splits import CALIBRATION
 from training.evaluation.cells import read
 from training.run import Run
 
@@ -24,11 +29,15 @@ Array = NDArray[np.float64]
 
 
 class CannotCalibrate(Exception):
-    """A run has no classifier of labels, or too few cells to calibrate it on."""
+    """A run has no classifier of labels, too few cells to calibrate it on, or cannot be trained without a fold."""
 
 
 def calibrate(
-    run: Run, share_of_epochs: float = SHARE_OF_EPOCHS, finds_unknown: bool = True, show: Callable[[str], object] = str
+    run: Run,
+    share_of_epochs: float = SHARE_OF_EPOCHS,
+    finds_unknown: bool = True,
+    show: Callable[[str], object] = str,
+    n_folds: int | None = None,
 ) -> Calibration:
     """Everything that `export` adds to a calibrated artifact. Test cells are never looked at.
 
@@ -37,42 +46,88 @@ def calibrate(
         share_of_epochs: of the configuration's, for the networks that are trained without one class.
         finds_unknown: whether those networks are trained at all; without them there is no mapping score.
         show: told what is being done.
+        n_folds: calibrate on all training and validation cells, each judged by a network that is trained without its fold; 2 or more. None:
+            on the cells that were set apart from the run.
 
     Raises:
-        CannotCalibrate: it has no labels or no classifier, or too few calibration cells with a label.
+        CannotCalibrate: it has no labels or no classifier, or too few calibration cells with a label, or cannot be trained without a fold.
     """
     graphs = run.family.eval().graphs()
     levels = run.config.label_levels
     if not levels or "classify" not in graphs:
         raise CannotCalibrate(f"{run.config.name} has no classifier of labels, so that there is nothing to calibrate.")
-    part = CALIBRATION if CALIBRATION in run.split.part.values() else VALIDATION
-    cells = read(run, run.split.positions(run.reference, part))
-    n_labelled = int((cells.labels[:, 0] >= 0).sum())
-    if n_labelled < MIN_CELLS:
+    given = folds.set_apart(run) if n_folds is None else _divide(run, n_folds)
+    _, labels = encode_obs(run.config, run.reference[given.positions], run.prepared.batches)
+    n_labelled = int((labels[:, 0] >= 0).sum())
+    if n_labelled < MIN_CELLS * (n_folds or 1):
+        mend = "Raise split.validation or split.calibration, or calibrate on all cells of the run with --folds 5."
         raise CannotCalibrate(
-            f"{n_labelled} {part} cells of {run.config.name} have a label of '{levels[0].name}'; at least {MIN_CELLS} are needed. Raise "
-            "split.validation or split.calibration."
+            f"{n_labelled} {given.cells} cells of {run.config.name} have a label of '{levels[0].name}'; at least {MIN_CELLS} are needed"
+            + (f". {mend}" if n_folds is None else f" in each of {n_folds} folds. Take fewer folds.")
         )
-    show(f"probabilities on {len(cells):,} {part} cells")
-    raw = network_probabilities(run, cells)
-    fold = fitting.folds(cells.labels[:, 0], run.config.seed)
-    maps, about, final = _probabilities(levels, raw, cells.labels, fold, part)
+    detection = unknown.choose(given, share_of_epochs, show) if finds_unknown else None
+    show(f"probabilities of {len(given.positions):,} {given.cells} cells")
+    raw, score = _judge(given, detection.score if detection else None, show)
+    maps, about, final = _probabilities(given, raw, labels)
     sizes, scores, n_cells = [], {}, {}
     for i, level in enumerate(levels):
         if level.name in about:
-            sizes += sets.sizes(level.name, final[level.name], cells.labels[:, i], fold)
-            found = sets.true_scores(final[level.name], cells.labels[:, i])
+            sizes += sets.sizes(level.name, final[level.name], labels[:, i], given.fold)
+            found = sets.true_scores(final[level.name], labels[:, i])
             scores |= {f"{level.name}/{name}": array for name, array in found.items()}
             n_cells[level.name] = len(found["scores"])
-    detection = unknown.learn(run, part, share_of_epochs, show) if finds_unknown else None
     return Calibration(
         maps=maps,
         levels=about,
         conformal=Conformal(min_class=sets.MIN_CLASS, n_cells=n_cells, sizes=tuple(sizes)),
         scores=scores,
-        unknown=detection[0] if detection else None,
-        score=detection[1] if detection else None,
+        unknown=detection,
+        score=score,
     )
+
+
+def _divide(run: Run, n_folds: int) -> CalibrationCells:
+    """All cells of the run in folds.
+
+    Raises:
+        CannotCalibrate: cells were set apart for it already, or the run began with weights that may know the cells of every fold.
+    """
+    if CALIBRATION in run.split.part.values():
+        raise CannotCalibrate(
+            f"{run.config.name} has cells that were set apart for calibration, which folds would leave unused. Calibrate without --folds, or "
+            "fit it with split.calibration: 0."
+        )
+    if run.config.start is not None:
+        raise CannotCalibrate(
+            f"{run.config.name} began with the weights of {run.config.start.run}, and networks without a fold would not. Calibrate without "
+            "--folds, on validation cells or with split.calibration."
+        )
+    return folds.divide(run, n_folds)
+
+
+def _judge(
+    given: CalibrationCells, score: str | None, show: Callable[[str], object]
+) -> tuple[dict[str, Array], StoredScore | None]:
+    """What networks say of the cells that they never met: their own probabilities, (n_cells, n_classes) by level, and the mapping score.
+
+    In folds the score's quantiles are those of all cells, each judged by the network without its fold and that network's own fit of the
+    score; the score that is served is fitted on the run.
+    """
+    run, n_cells = given.run, len(given.positions)
+    raw = {level.name: np.empty((n_cells, len(level.classes))) for level in run.config.label_levels}
+    known, arrays = np.empty(n_cells, np.float32), {}
+    for network, places in given.networks(show):
+        cells = read(network, given.positions[places])
+        for name, found in network_probabilities(network, cells).items():
+            raw[name][places] = found
+        if score is not None:
+            arrays = unknown.fit_score(network, score)
+            known[places] = unknown.values(network.family.eval().graphs(), score, arrays, cells.counts)
+    if score is None:
+        return raw, None
+    if given.n_folds is not None:
+        arrays = unknown.fit_score(run, score)
+    return raw, StoredScore(score, arrays, quantiles_of(known))
 
 
 def network_probabilities(run: Run, cells: Cells) -> dict[str, Array]:
@@ -88,9 +143,10 @@ def network_probabilities(run: Run, cells: Cells) -> dict[str, Array]:
 
 
 def _probabilities(
-    levels: tuple[LabelLevel, ...], raw: dict[str, Array], labels: NDArray[np.int64], fold: NDArray[np.int64], part: str
+    given: CalibrationCells, raw: dict[str, Array], labels: NDArray[np.int64]
 ) -> tuple[dict[str, Map], dict[str, LevelCalibration], dict[str, Array]]:
     """Maps, what is said of them, and cross-validated probabilities, by level; levels with too few labelled cells have no map."""
+    levels = given.run.config.label_levels
     group = fitting.groups(levels)
     before = {
         level.name: fitting.apply_map(Map.identity(len(level.classes)), raw[level.name], group[level.name])
@@ -101,7 +157,7 @@ def _probabilities(
         name, truth = level.name, labels[:, i]
         if int((truth >= 0).sum()) < MIN_CELLS:
             continue
-        tried = {method: fitting.cross_fit(method, raw[name], truth, group[name], fold) for method in METHODS}
+        tried = {method: fitting.cross_fit(method, raw[name], truth, group[name], given.fold) for method in METHODS}
         losses[name] = {method: fitting.log_loss(found, truth) for method, found in tried.items()}
         chosen[name] = min(METHODS, key=lambda method: losses[name][method])
         conditional[name] = tried[chosen[name]]
@@ -114,8 +170,9 @@ def _probabilities(
             about[level.name] = LevelCalibration(
                 method=chosen[level.name],
                 parameters=_parameters(chosen[level.name], maps[level.name]),
-                cells=part,
+                cells=given.cells,
                 n_cells=int((labels[:, i] >= 0).sum()),
+                n_folds=given.n_folds,
                 candidates=losses[level.name],
                 before=fitting.reliability(network[level.name], labels[:, i]),
                 after=fitting.reliability(final[level.name], labels[:, i]),

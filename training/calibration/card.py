@@ -21,7 +21,9 @@ def sections(manifest: Manifest) -> list[str]:
             "## Calibration\n\nProbabilities are as the network gives them: `python -m training calibrate` was not run."
         )
     if manifest.conformal is not None:
-        found.append(_conformal(manifest.conformal))
+        found.append(
+            _conformal(manifest.conformal, next((level.n_folds for level in manifest.calibration.values()), None))
+        )
     if manifest.unknown is not None:
         found.append(_unknown(manifest.unknown))
     return found
@@ -35,9 +37,15 @@ def _calibration(name: str, level: LevelCalibration) -> str:
     bins = [(f"{one.n_cells:,}", f"{one.confidence:.3f}", f"{one.accuracy:.3f}") for one in level.after.bins]
     tried = ", ".join(f"{method} {loss:.4f}" for method, loss in level.candidates.items())
     among = " among the children of the true parent" if _is_conditional(level) else ""
+    judged = "which the network's weights were not fitted on"
+    if level.n_folds is not None:
+        judged = (
+            f"each judged by one of {level.n_folds} networks that was trained without its fold; the network of this model was trained on more "
+            "of them, so that the figures are of networks nearly like it"
+        )
     return (
-        f"## Calibration: {name}\n\n{_METHODS[level.method]} (`{level.method}`), fitted on {level.n_cells:,} {level.cells} cells, which the "
-        f"network's weights were not fitted on. Log-loss{among} of what was tried: {tried}. Figures are cross-validated.\n\n"
+        f"## Calibration: {name}\n\n{_METHODS[level.method]} (`{level.method}`), fitted on {level.n_cells:,} {level.cells} cells, {judged}. "
+        f"Log-loss{among} of what was tried: {tried}. Figures are cross-validated.\n\n"
         + _table(("probabilities", "log-loss", "expected calibration error"), figures)
         + "\n\nConfidence of the predicted class against how often it was right:\n\n"
         + _table(("cells", "mean confidence", "accuracy"), bins)
@@ -49,7 +57,7 @@ def _is_conditional(level: LevelCalibration) -> bool:
     return abs(level.candidates[level.method] - level.after.log_loss) > 1e-9
 
 
-def _conformal(conformal: Conformal) -> str:
+def _conformal(conformal: Conformal, n_folds: int | None) -> str:
     rows = [
         (one.level, f"{one.asked:.0%}", f"{one.coverage:.3f}", f"{one.mean_size:.2f}")
         for one in conformal.sizes
@@ -60,8 +68,11 @@ def _conformal(conformal: Conformal) -> str:
         for one in conformal.sizes
         if one.score != conformal.score and one.asked == max(size.asked for size in conformal.sizes)
     )
+    kind = "Split conformal"
+    if n_folds is not None:
+        kind = f"Cross-conformal in {n_folds} folds, with a network that was trained on all of them"
     return (
-        f"## Prediction sets\n\nSplit conformal; a class with at least {conformal.min_class} calibration cells has a quantile of its "
+        f"## Prediction sets\n\n{kind}; a class with at least {conformal.min_class} calibration cells has a quantile of its "
         "own. Cross-validated coverage and size:\n\n"
         + _table(("level", "asked", "coverage", "mean size"), rows)
         + f"\n\nOther scores give larger sets at the highest coverage: {others}."
@@ -75,8 +86,11 @@ def _unknown(unknown: UnknownDetection) -> str:
         for one in unknown.left_out
     ]
     rows.append(("mean", "", *(f"{unknown.mean_auroc[name]:.3f}" for name in names), ""))
+    judged = ""
+    if unknown.n_folds is not None:
+        judged = f", each judged by one of {unknown.n_folds} networks that was trained without its fold"
     return (
-        f"## Unknown cells\n\n`mapping_score` is `{unknown.score}` as a share of {unknown.n_cells:,} {unknown.cells} cells; below "
+        f"## Unknown cells\n\n`mapping_score` is `{unknown.score}` as a share of {unknown.n_cells:,} {unknown.cells} cells{judged}; below "
         f"{unknown.threshold:g} a cell is `Unknown`, as about that share of cells of the reference is. AUROC of telling cells of a type from "
         f"all others, by networks that never met that type (trained for {unknown.share_of_epochs:.0%} of the epochs), for each score that was "
         "tried:\n\n" + _table((unknown.level, "cells", *names, "detected"), rows)

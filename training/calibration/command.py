@@ -32,11 +32,24 @@ def command(
         bool,
         typer.Option("--unknown/--no-unknown", help="Train without each type in turn, to recognise unknown cells."),
     ] = True,
+    folds: Annotated[
+        int | None,
+        typer.Option(
+            "--folds",
+            min=2,
+            help="Calibrate on all cells of the run: each is judged by one of so many networks, trained without its fold. Default: on the "
+            "cells that were set apart.",
+        ),
+    ] = None,
 ) -> None:
     """Calibrate probabilities, prediction sets and the recognition of unknown cells of a run; `export` then takes them along."""
     (directory / stored.FIGURES).unlink(missing_ok=True)
     run = runs.load(directory)
-    found = calibrate(run, share_of_epochs, unknown, lambda text: console.print(f"[dim]{text}[/dim]", highlight=False))
+
+    def show(text: str) -> None:
+        console.print(f"[dim]{text}[/dim]", highlight=False)
+
+    found = calibrate(run, share_of_epochs, unknown, show, folds)
     stored.write(directory, directory / runs.WEIGHTS, found)
     describe(found)
 

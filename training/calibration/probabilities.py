@@ -126,12 +126,12 @@ def apply_map(found: Map, probabilities: Array, group: NDArray[np.int64]) -> Arr
     return np.asarray(within(logits, torch.from_numpy(group)).numpy())
 
 
-def folds(labels: Labels, seed: int) -> NDArray[np.int64]:
-    """A part of N_FOLDS for each cell, so that classes are spread over all of them."""
+def folds(labels: Labels, seed: int, n_folds: int = N_FOLDS) -> NDArray[np.int64]:
+    """A part of `n_folds` for each cell, so that classes are spread over all of them; so are neighbouring classes that are very small."""
     order = np.random.default_rng(seed).permutation(len(labels))
     order = order[np.argsort(labels[order], kind="stable")]
     found = np.empty(len(labels), np.int64)
-    found[order] = np.arange(len(labels)) % N_FOLDS
+    found[order] = np.arange(len(labels)) % n_folds
     return found
 
 
@@ -140,7 +140,7 @@ def cross_fit(
 ) -> Array:
     """Calibrated probabilities within groups of all cells, each from a map fitted without its part; label -1 fits nothing."""
     found = np.empty_like(probabilities)
-    for number in range(N_FOLDS):
+    for number in np.unique(fold):
         fitting = (fold != number) & (labels >= 0)
         made = fit_map(method, probabilities[fitting], labels[fitting], group)
         found[fold == number] = apply_map(made, probabilities[fold == number], group)

@@ -5,7 +5,6 @@ from numpy.typing import NDArray
 
 from service.contract.annotation import SetSize
 from service.inference.conformal import group_scores, others
-from training.calibration.probabilities import N_FOLDS
 
 MIN_CLASS = 100
 """Calibration cells that a class needs for a quantile of its own; of fewer a quantile of 95 % hangs on the last few."""
@@ -47,7 +46,7 @@ def sizes(level: str, probabilities: Array, labels: NDArray[np.int64], fold: NDA
         true = every[rows, labels]
         for asked in COVERAGES:
             is_in = np.zeros(every.shape, bool)
-            for number in range(N_FOLDS):
+            for number in np.unique(fold):
                 rest = fold != number
                 made = group_scores(true[rest], labels[rest].astype(np.int32), every.shape[1], MIN_CLASS)
                 is_in[~rest] = every[~rest] <= made.limits(asked)

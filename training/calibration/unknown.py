@@ -13,8 +13,8 @@ from sklearn.metrics import roc_auc_score
 
 from service.contract.annotation import LeftOut, UnknownDetection
 from training import fit as fitting
-from training.calibration.scores import SCORES, Arrays, Reference, over_rows, quantiles_of
-from training.calibration.stored import StoredScore
+from training.calibration.folds import CalibrationCells
+from training.calibration.scores import SCORES, Arrays, Reference, over_rows
 from training.config import Config
 from training.data.prepared import Prepared, prepare
 from training.data.splits import CALIBRATION, TRAIN, VALIDATION, Split
@@ -49,49 +49,48 @@ class Trial:
     unknown: dict[str, NDArray[np.float32]]
 
 
-def learn(
-    run: Run, part: str, share_of_epochs: float, show: Callable[[str], object] = str
-) -> tuple[UnknownDetection, StoredScore] | None:
-    """Choose the score and its threshold, and fit that score on the run itself.
+def choose(
+    given: CalibrationCells, share_of_epochs: float, show: Callable[[str], object] = str
+) -> UnknownDetection | None:
+    """Choose the score and its threshold.
 
     Args:
-        run: with labels and a classifier.
-        part: of the split, from which known cells are taken.
+        given: the known cells, of a run with labels and a classifier.
         share_of_epochs: of the configuration's, for the networks without a class.
         show: told what is being done.
 
     Returns:
-        What the manifest says, and the score; None where fewer than three classes have cells enough.
+        What the manifest says; None where fewer than three classes have cells enough.
     """
+    run = given.run
     level = run.config.labels[0]
     labels = run.reference.obs[level.name].astype(str)
     parts = run.split.positions(run.reference, TRAIN, VALIDATION, CALIBRATION)
     numbers = labels.iloc[parts].value_counts()
     left_out = [name for name in level.classes if numbers.get(name, 0) >= MIN_CELLS]
-    known_positions = run.split.positions(run.reference, part)
     if len(left_out) < 3:
         return None
     trials = []
-    for name in left_out:
+    for number, name in enumerate(left_out):
         show(f"training without {name}")
-        known = known_positions[(labels.iloc[known_positions] != name).to_numpy()]
+        split, positions = given.trial(number)
+        known = positions[(labels.iloc[positions] != name).to_numpy()]
         unknown = parts[(labels.iloc[parts] == name).to_numpy()]
-        trials.append(leave_out(run.config, run.reference, run.split, name, known, unknown, share_of_epochs))
+        trials.append(leave_out(run.config, run.reference, split, name, known, unknown, share_of_epochs))
     auroc = {trial.name: aurocs(trial) for trial in trials}
     mean = means(auroc)
     chosen = max(mean, key=lambda score: mean[score])
     detected = {trial.name: _detection(trial, chosen) for trial in trials}
     balance = np.mean([found - REJECTIONS for found in detected.values()], axis=0)
     best = int(balance.argmax())
-    cells = read(run, known_positions)
-    fitted = candidates(run.family, run.prepared, cells.counts, run.config.seed, (chosen,))[chosen]
-    about = UnknownDetection(
+    return UnknownDetection(
         score=chosen,
         threshold=round(float(REJECTIONS[best]), 4),
         level=level.name,
         share_of_epochs=share_of_epochs,
-        cells=part,
-        n_cells=len(cells),
+        cells=given.cells,
+        n_cells=len(given.positions),
+        n_folds=given.n_folds,
         mean_auroc=mean,
         left_out=tuple(
             LeftOut(
@@ -105,7 +104,13 @@ def learn(
             for trial in trials
         ),
     )
-    return about, StoredScore(chosen, fitted.arrays, quantiles_of(fitted.known))
+
+
+def fit_score(run: Run, name: str) -> Arrays:
+    """What a score that was chosen learns from the training cells of a run."""
+    arrays = SCORES[name].fit(_reference(run.family, run.prepared, run.config.seed))
+    assert arrays is not None, "another network of the same family has this score"
+    return arrays
 
 
 def without(config: Config, name: str, share_of_epochs: float) -> Config:
@@ -158,14 +163,22 @@ def leave_out(
         return Trial(
             name,
             {score: one.known for score, one in found.items()},
-            {score: _values(graphs, score, one.arrays, others) for score, one in found.items()},
+            {score: values(graphs, score, one.arrays, others) for score, one in found.items()},
         )
 
 
-def candidates(
-    family: Family, prepared: Prepared, known: sp.csr_matrix, seed: int, names: tuple[str, ...] = tuple(SCORES)
-) -> dict[str, Candidate]:
+def candidates(family: Family, prepared: Prepared, known: sp.csr_matrix, seed: int) -> dict[str, Candidate]:
     """Scores fitted on the training cells of a model, and what they say of other cells that it knows."""
+    reference = _reference(family, prepared, seed)
+    found = {}
+    for name in SCORES:
+        arrays = SCORES[name].fit(reference)
+        if arrays is not None:
+            found[name] = Candidate(arrays, values(reference.graphs, name, arrays, known))
+    return found
+
+
+def _reference(family: Family, prepared: Prepared, seed: int) -> Reference:
     graphs = family.eval().graphs()
     n_cells = len(prepared.train)
     chosen = np.arange(n_cells)
@@ -173,16 +186,11 @@ def candidates(
         chosen = np.sort(np.random.default_rng(seed).choice(chosen, MAX_REFERENCE, replace=False))
     cells = prepared.train.take(chosen)
     latent = over_rows(graphs["encode"].module, (cells.counts,))
-    reference = Reference(family, graphs, cells.counts, latent, cells.labels[:, 0], seed)
-    found = {}
-    for name in names:
-        arrays = SCORES[name].fit(reference)
-        if arrays is not None:
-            found[name] = Candidate(arrays, _values(graphs, name, arrays, known))
-    return found
+    return Reference(family, graphs, cells.counts, latent, cells.labels[:, 0], seed)
 
 
-def _values(graphs: Mapping[str, Graph], name: str, arrays: Arrays, counts: sp.csr_matrix) -> NDArray[np.float32]:
+def values(graphs: Mapping[str, Graph], name: str, arrays: Arrays, counts: sp.csr_matrix) -> NDArray[np.float32]:
+    """What a score that was fitted says of cells, (n_cells,)."""
     module = SCORES[name].build(graphs, arrays).eval()
     known = {"counts": counts, "latent": over_rows(graphs["encode"].module, (counts,))}
     return over_rows(module, tuple(known[tensor] for tensor in module.inputs))

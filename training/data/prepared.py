@@ -226,7 +226,13 @@ def encode_cells(
     return Cells(counts, batch, labels, cells.obs_names.to_numpy(dtype=object), encode_obsm(cells, obsm or {}))
 
 
-def prepare(config: Config, reference: AnnData, split: Split, scratch: Path | None = None) -> Prepared:
+def prepare(
+    config: Config,
+    reference: AnnData,
+    split: Split,
+    scratch: Path | None = None,
+    genes: NDArray[np.int64] | None = None,
+) -> Prepared:
     """Choose genes from the training cells and put both parts into numbers.
 
     Args:
@@ -234,6 +240,7 @@ def prepare(config: Config, reference: AnnData, split: Split, scratch: Path | No
         reference: the cells; where its counts lie on disk, those of the chosen genes are copied to a temporary file.
         split: part of each cell.
         scratch: existing directory for that file; None for the system's.
+        genes: positions in `reference`, in graph order, where they are chosen already.
 
     Raises:
         NoTrainingCells: there are none.
@@ -244,7 +251,7 @@ def prepare(config: Config, reference: AnnData, split: Split, scratch: Path | No
     if not len(positions):
         raise NoTrainingCells(f"The split leaves none of {reference.n_obs:,} cells to train on.")
     batches = batch_names(config, reference[positions])
-    chosen = choose_genes(config, reference, positions, batches)
+    chosen = choose_genes(config, reference, positions, batches) if genes is None else genes
     obsm = obsm_names(config, reference)
     train: Cells | StoredCells
     validation: Cells | StoredCells

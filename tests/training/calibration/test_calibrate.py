@@ -19,13 +19,14 @@ from tests.training.tiny import TYPES, register, tiny_config
 from training import cli, parity, run
 from training import export as exporting
 from training.calibration import calibrate as calibrating
-from training.calibration import stored, unknown
+from training.calibration import folds, stored, unknown
 from training.calibration.calibrate import CannotCalibrate, calibrate
 from training.calibration.graphs import complete
 from training.calibration.scores import SCORES, Percentile, Reference, over_rows, quantiles_of
 from training.calibration.stored import Calibration, StaleCalibration, StoredScore
+from training.config import Start
 from training.data.prepared import LabelsContradict
-from training.data.splits import CALIBRATION, TEST
+from training.data.splits import CALIBRATION, TEST, TRAIN
 from training.onnx_graph import signature, to_onnx
 
 LEVELS: list[dict[str, Any]] = [
@@ -69,9 +70,29 @@ def calibrated(tmp_path_factory: pytest.TempPathFactory) -> tuple[run.Run, Path,
         return again, root / "run", exporting.export(again, root / "store")
 
 
-def test_what_is_served_is_what_was_calibrated(calibrated: tuple[run.Run, Path, Path]) -> None:
+@pytest.fixture(scope="module")
+def in_folds(tmp_path_factory: pytest.TempPathFactory) -> tuple[run.Run, Path, Path]:
+    """The same without validation cells, calibrated in three folds."""
+    root = tmp_path_factory.mktemp("in_folds")
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        halves(monkeypatch)
+        config = tiny_config(labels=LEVELS, split={"test": 0.2, "validation": 0})
+        made = run.fit(config, root / "run", show_progress=False)
+        stored.write(root / "run", root / "run" / run.WEIGHTS, calibrate(made, share_of_epochs=0.4, n_folds=3))
+        again = run.load(root / "run")
+        return again, root / "run", exporting.export(again, root / "store")
+
+
+@pytest.fixture(params=["calibrated", "in_folds"])
+def either(request: pytest.FixtureRequest) -> tuple[run.Run, Path, Path]:
+    """Of both ways."""
+    found: tuple[run.Run, Path, Path] = request.getfixturevalue(request.param)
+    return found
+
+
+def test_what_is_served_is_what_was_calibrated(either: tuple[run.Run, Path, Path]) -> None:
     """Probabilities through the serving code are torch's in float64 within 1e-5, mapping scores within 1e-4, and levels agree."""
-    made, _, version = calibrated
+    made, _, version = either
     model = serving.load(artifact.read(version), Runtime())
     cells = made.test_cells
     inputs = {
@@ -129,9 +150,72 @@ def test_manifest_and_card_say_how(calibrated: tuple[run.Run, Path, Path]) -> No
     assert {"mapping_score", "prediction_set_sublineage"} <= set(found)
 
 
-def test_what_is_read_is_what_was_written(calibrated: tuple[run.Run, Path, Path], tmp_path: Path) -> None:
+def test_in_folds_all_cells_of_the_run_calibrate(in_folds: tuple[run.Run, Path, Path]) -> None:
+    """Manifest and card say how many, and by which networks they were judged; the scores of sets are theirs."""
+    made, _, version = in_folds
+    model = serving.load(artifact.read(version), Runtime())
+    manifest, n_cells = model.manifest, len(made.prepared.train)
+    assert n_cells == made.reference.n_obs - made.test_cells.n_obs
+    for level in manifest.calibration.values():
+        assert (level.cells, level.n_cells, level.n_folds) == (TRAIN, n_cells, 3)
+        assert sum(one.n_cells for one in level.after.bins) == n_cells
+    assert manifest.conformal.n_cells == {"lineage": n_cells, "sublineage": n_cells}
+    assert (manifest.unknown.cells, manifest.unknown.n_cells, manifest.unknown.n_folds) == (TRAIN, n_cells, 3)
+    # A trial is asked about the known cells of one fold, and about all cells of its class.
+    for trial in manifest.unknown.left_out:
+        assert trial.n_known <= -(-n_cells // 3)
+        assert (
+            trial.n_unknown == (made.reference.obs["lineage"].iloc[folds.divide(made, 3).positions] == trial.name).sum()
+        )
+    judged = "each judged by one of 3 networks that was trained without its fold"
+    assert f"fitted on {n_cells} train cells, {judged}" in model.card
+    assert f"of {n_cells} train cells, {judged}" in model.card
+    assert "Cross-conformal in 3 folds" in model.card
+    assert "which the network's weights were not fitted on" not in model.card
+
+
+def test_in_folds_figures_are_of_what_never_met_a_cell(in_folds: tuple[run.Run, Path, Path]) -> None:
+    """Maps, log-losses and scores are those of the probabilities that the networks without a fold give, and not of the run's own."""
+    from training.calibration import probabilities as fitting
+
+    made, _, _ = in_folds
+    assert made.calibration is not None
+    given = folds.divide(made, 3)
+    labels = made.prepared.train.labels[:, 0]
+    np.testing.assert_array_equal(made.reference.obs_names[given.positions], made.prepared.train.names)
+    raw = np.empty((len(labels), 3))
+    for network, places in given.networks():
+        cells = made.prepared.train.take(places)
+        raw[places] = calibrating.network_probabilities(network, cells)["lineage"]
+    level, group = made.calibration.levels["lineage"], np.zeros(3, np.int64)
+    assert level.before == fitting.reliability(fitting.apply_map(fitting.Map.identity(3), raw, group), labels)
+    expected = fitting.fit_map(level.method, raw, labels, group)
+    np.testing.assert_array_equal(made.calibration.maps.get("lineage", fitting.Map.identity(3)).weight, expected.weight)
+    final = fitting.cross_fit(level.method, raw, labels, group, given.fold)
+    found = made.calibration.scores["lineage/scores"]
+    np.testing.assert_allclose(found, 1 - final[np.arange(len(labels)), labels], atol=1e-12)
+
+
+def test_what_cannot_be_calibrated_in_folds(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Cells set apart for it, too few cells, weights of another run: said before anything is trained."""
+    register(monkeypatch)
+    apart = run.fit(tiny_config(split={"calibration": 0.2}), tmp_path / "apart", show_progress=False)
+    made = run.fit(tiny_config(split={"validation": 0}), tmp_path / "whole", show_progress=False)
+    monkeypatch.setattr(folds.fitting, "fit", None)
+    with pytest.raises(CannotCalibrate, match="set apart for calibration, which folds would leave unused"):
+        calibrate(apart, n_folds=3)
+    with pytest.raises(CannotCalibrate, match=r"at least 10 are needed in each of 60 folds\. Take fewer folds"):
+        calibrate(made, n_folds=60)
+    with pytest.raises(CannotCalibrate, match=r"^0 validation cells .* with --folds 5"):
+        calibrate(made)
+    begun = made.config.model_copy(update={"start": Start(run="runs/parent")})
+    with pytest.raises(CannotCalibrate, match="began with the weights of runs/parent"):
+        calibrate(dataclasses.replace(made, config=begun), n_folds=3)
+
+
+def test_what_is_read_is_what_was_written(either: tuple[run.Run, Path, Path], tmp_path: Path) -> None:
     """Figures and arrays alike; other weights make it stale."""
-    made, directory, _ = calibrated
+    made, directory, _ = either
     assert made.calibration is not None
     weights = directory / run.WEIGHTS
     stored.write(tmp_path, weights, made.calibration)
@@ -150,11 +234,12 @@ def test_what_is_read_is_what_was_written(calibrated: tuple[run.Run, Path, Path]
     assert stored.read(tmp_path / "nothing", weights) is None
 
 
+@pytest.mark.parametrize(("fixture", "n_folds"), [("calibrated", None), ("in_folds", 3)])
 def test_test_cells_are_never_looked_at(
-    calibrated: tuple[run.Run, Path, Path], monkeypatch: pytest.MonkeyPatch
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, fixture: str, n_folds: int | None
 ) -> None:
     """Neither are they read, nor does anything change when their counts and labels do."""
-    made, _, _ = calibrated
+    made, _, _ = request.getfixturevalue(fixture)
     seen: list[np.ndarray] = []
 
     def reading(one: run.Run, positions: np.ndarray) -> Any:
@@ -165,7 +250,7 @@ def test_test_cells_are_never_looked_at(
 
     monkeypatch.setattr(calibrating, "read", reading)
     monkeypatch.setattr(unknown, "read", reading)
-    found = calibrate(made, share_of_epochs=0.4)
+    found = calibrate(made, share_of_epochs=0.4, n_folds=n_folds)
     test = made.split.positions(made.reference, TEST)
     assert len(seen) > 3
     assert not np.isin(np.concatenate(seen), test).any()
@@ -174,7 +259,7 @@ def test_test_cells_are_never_looked_at(
     counts[test] = 1
     changed.X = counts.tocsr()
     changed.obs.loc[changed.obs_names[test], ["lineage", "sublineage"]] = ["B", "B1"]
-    again = calibrate(dataclasses.replace(made, reference=changed), share_of_epochs=0.4)
+    again = calibrate(dataclasses.replace(made, reference=changed), share_of_epochs=0.4, n_folds=n_folds)
     assert (again.levels, again.conformal, again.unknown) == (found.levels, found.conformal, found.unknown)
 
 
@@ -289,6 +374,19 @@ def test_the_command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert run.load(tmp_path / "run").calibration is None
     with pytest.raises(CannotCalibrate, match="has no classifier of labels"):
         calibrate(run.fit(tiny_config(labels=[]), tmp_path / "bare", show_progress=False))
+
+
+def test_the_command_in_folds(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """It says which network it trains; one fold would leave nothing to train it on; without validation cells nothing else will do."""
+    register(monkeypatch)
+    run.fit(tiny_config(split={"validation": 0}), tmp_path / "run", show_progress=False)
+    found = CliRunner().invoke(cli.app, ["calibrate", str(tmp_path / "run"), "--no-unknown", "--folds", "2"])
+    assert found.exit_code == 0, found.output
+    assert "training without fold 2 of 2" in found.output
+    made = run.load(tmp_path / "run")
+    assert made.calibration is not None
+    assert made.calibration.levels["cell_type"].n_folds == 2
+    assert CliRunner().invoke(cli.app, ["calibrate", str(tmp_path / "run"), "--folds", "1"]).exit_code == 2
 
 
 def test_levels_agree_without_calibration_too(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
