@@ -64,7 +64,8 @@ class CalibrationCells:
         return Split({name: part for name, part in self.run.split.part.items() if name not in gone})
 
     def _fit_without(self, number: int, scratch: Path) -> Run:
-        run, split, config = self.run, self._without(number), fold_config(self.run.config, number)
+        run, split = self.run, self._without(number)
+        config = fold_config(run.config, number, len(self.positions) / int((self.fold != number).sum()))
         genes = run.reference.var_names.get_indexer(run.prepared.var.index)
         prepared = prepare(config, run.reference, split, scratch, genes)
         family = fitting.fit(config, prepared, scratch, show_progress=False).family.eval()
@@ -95,7 +96,16 @@ def divide(run: Run, n_folds: int) -> CalibrationCells:
     )
 
 
-def fold_config(config: Config, number: int) -> Config:
-    """The configuration of the network without that fold: the run's, with weights, order and noise of its own, and nothing recorded."""
+def fold_config(config: Config, number: int, share: float) -> Config:
+    """The configuration of the network without that fold: the run's, with weights, order and noise of its own, and nothing recorded.
+
+    Args:
+        config: of the run.
+        number: of the fold.
+        share: how many times more cells the run has. The network has so many times more epochs, and takes as many steps: with fewer it is
+            less sure than the one that is served, and sets would hold the truth more often than was asked for.
+    """
     seed = int(np.random.SeedSequence((config.seed, number)).generate_state(1)[0])
-    return config.model_copy(update={"seed": seed, "fit": config.fit.model_copy(update={"loggers": ()})})
+    fit = config.fit
+    longer = {name: max(1, round(share * getattr(fit, name))) for name in ("max_epochs", "patience")}
+    return config.model_copy(update={"seed": seed, "fit": fit.model_copy(update={"loggers": (), **longer})})

@@ -36,7 +36,10 @@ def test_every_cell_is_judged_once_by_a_network_that_never_met_it(made: run.Run)
         assert mine | met == set(names[given.positions])
         assert {network.split.part[name] for name in network.prepared.validation.names} <= {VALIDATION}
         assert network.prepared.var.equals(made.prepared.var)
-        assert network.config.model_copy(update={"seed": made.config.seed}) == made.config
+        assert (
+            network.config.fit.max_epochs == 3
+        )  # the run's two, and a third of them more for a quarter of the cells less
+        assert network.config.model_copy(update={"seed": made.config.seed, "fit": made.config.fit}) == made.config
         assert network.config.seed != made.config.seed
         judged += places.tolist()
     assert sorted(judged) == list(range(len(given.positions)))
