@@ -131,8 +131,10 @@ async def test_a_bad_version_is_refused(start: Start, tiny_store: Path) -> None:
     async with load(server, n_clients=3) as answers:
         for version in ("3", "4"):
             if version == "3":
-                path = write_artifact(tiny_store, version=version, seed=6)
+                # Broken before it appears: the server may look while a file is being written.
+                path = write_artifact(tiny_store.parent / "aside", version=version, seed=6)
                 (path / "encode.onnx").write_bytes(b"broken")
+                path.rename(tiny_store / "tiny" / version)
             else:
                 write_mismatch(tiny_store, version=version, seed=7)
             store.set_alias(ModelId("tiny", version))
