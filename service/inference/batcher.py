@@ -411,34 +411,38 @@ class Batcher:
         metrics.QUEUE_ROWS.inc(n_rows)
 
     async def _run(self) -> None:
-        loop = asyncio.get_running_loop()
         free_since, was_idle, is_here = time.monotonic(), True, False
         while True:
             if is_here and self._lanes:
                 await others_turn()
-            is_here = False
             pieces = self._next_pieces()
-            if not pieces:
-                was_idle = True
+            if pieces:
+                is_here = await self._run_chunk(self._chunk(pieces, "idle" if was_idle else "free"), free_since)
+            else:
+                is_here = False
                 self._wake.clear()
                 await self._wake.wait()
-                free_since = time.monotonic()
-                continue
-            chunk = self._chunk(pieces, "idle" if was_idle else "free")
-            was_idle = False
-            chunk.started = self._running_since = time.monotonic()
-            try:
-                if is_here := self._is_here(chunk):
-                    columns = _compute(pieces)
-                else:
-                    columns = await loop.run_in_executor(self._executor, _compute, pieces)
-            except Exception as error:
-                self._failed(chunk, error)
-                continue
-            finally:
-                self._running_since = None
-            self._done(chunk, columns, free_since)
-            free_since = time.monotonic()
+            was_idle, free_since = not pieces, time.monotonic()
+
+    async def _run_chunk(self, chunk: Chunk, free_since: float) -> bool:
+        """Run what the queue gave, and answer it; whether that was in the event loop.
+
+        Nothing of a chunk stays with the task of the queue, which may not run for long: its model may be unloaded meanwhile.
+        """
+        is_here = self._is_here(chunk)
+        chunk.started = self._running_since = time.monotonic()
+        try:
+            if is_here:
+                columns = _compute(chunk.pieces)
+            else:
+                columns = await asyncio.get_running_loop().run_in_executor(self._executor, _compute, chunk.pieces)
+        except Exception as error:
+            self._failed(chunk, error)
+            return False
+        finally:
+            self._running_since = None
+        self._done(chunk, columns, free_since)
+        return is_here
 
     def _chunk(self, pieces: list[Piece], reason: str) -> Chunk:
         """A chunk of these pieces, which is run for that reason if it is not full."""

@@ -2,6 +2,7 @@
 
 import asyncio
 import time
+import weakref
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -160,6 +161,17 @@ async def test_it_learns_that_it_is_slow(
     monkeypatch.setattr(module, "_compute", lambda pieces: time.sleep(1.1 * QUICK_SECONDS) or run(pieces))
     assert await asked(batcher, work, 1) == [1]
     assert await asked(batcher, work, 1) is None
+
+
+async def test_the_queue_keeps_nothing_of_what_it_ran(batcher: Batcher, work: Work) -> None:
+    """Its task may not run for long where all is answered at once, and a model that it held could not be unloaded."""
+    matrix = cells(1)
+    held = weakref.ref(matrix)
+    await run_whole(batcher, work, matrix)
+    del matrix
+    for _ in range(3):
+        await asyncio.sleep(0)
+    assert held() is None
 
 
 async def test_refusals(batcher: Batcher, work: Work, task: FirstCount) -> None:
