@@ -14,8 +14,8 @@ from service.api import request_id
 from service.api.state import State
 from service.api.tasks import next_chunk
 from service.cells.columns import Columns, concatenate, n_cells
-from service.inference.batcher import Timing, Work
 from service.inference.model import Model
+from service.inference.work import Timing, Work
 
 
 def json_answer(model: Model, content: dict[str, Any]) -> Response:

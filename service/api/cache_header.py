@@ -1,6 +1,6 @@
 """What an answer says of the answer cache."""
 
-from service.inference.batcher import Timing
+from service.inference.work import Timing
 
 HEADER = "X-Cellserve-Cache"
 

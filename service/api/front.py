@@ -42,7 +42,7 @@ class Exchange:
         if message["type"] == "http.response.start":
             self.status = message["status"]
             # Another list: who answers may keep its own for the next request.
-            headers = [*message["headers"], (request_id.HEADER_NAME, self.request_id.encode())]
+            headers = [*message.get("headers", ()), (request_id.HEADER_NAME, self.request_id.encode())]
             message = {**message, "headers": headers}
             if self._state.is_draining:  # no connection lives on then
                 MutableHeaders(scope=message)["Connection"] = "close"

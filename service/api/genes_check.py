@@ -18,9 +18,9 @@ from service.cells.formats import FORMATS
 from service.cells.gene_check import check_genes
 from service.errors import InvalidOption, ShuttingDown
 from service.inference import displacement
-from service.inference.batcher import Work
 from service.inference.model import Model
 from service.inference.task import Options
+from service.inference.work import Work
 
 _ACCEPTED = {media_type: form for media_type, form in FORMATS.items() if form.read_genes is not None}
 

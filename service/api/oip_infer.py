@@ -28,10 +28,10 @@ from service.cells.formats.encodings import ENCODINGS, decoded
 from service.cells.formats.tensor_cells import cells
 from service.cells.formats.tensors import InferRequest
 from service.errors import InvalidOption, MalformedBody, ShuttingDown, TooManyCells
-from service.inference.batcher import Timing, Work
 from service.inference.model import Model
 from service.inference.query import Query, prepare
 from service.inference.task import Task
+from service.inference.work import Timing, Work
 
 HEADER_LENGTH = "Inference-Header-Content-Length"
 MAX_WORD_BYTES = 64

@@ -11,8 +11,8 @@ from typing import Any
 from service.api import request_id
 from service.cells.columns import Columns, n_cells
 from service.errors import RequestNotFound
-from service.inference.batcher import Work
 from service.inference.lanes import SHORT_ROWS
+from service.inference.work import Work
 
 KEPT_SECONDS = 60.0
 """How long the end of a request is known."""

@@ -17,10 +17,9 @@ class FirstHeaders(Headers):
         super().__init__(scope=scope)
         self._first = dict(reversed(self._list))
 
-    def get(self, key: str, default: str | None = None) -> str | None:  # type: ignore[override]
+    def __getitem__(self, key: str) -> str:
         """The first header of that name."""
-        value = self._first.get(key.lower().encode("latin-1"))
-        return default if value is None else value.decode("latin-1")
+        return self._first[key.lower().encode("latin-1")].decode("latin-1")
 
 
 class ApiRequest(Request):

@@ -15,11 +15,12 @@ from service.api.oip_statistics import Statistics
 from service.api.progress import Progress
 from service.api.uploads import Uploads
 from service.cells.columns import Columns
-from service.inference.batcher import Batcher, Timing, Work
+from service.inference.batcher import Batcher
 from service.inference.cached import CachedRuns
 from service.inference.here import Here
 from service.inference.models import Models
 from service.inference.shadow import Shadows
+from service.inference.work import Timing, Work
 
 if TYPE_CHECKING:
     from service.trace_export import Traces

@@ -36,12 +36,12 @@ from service.errors import (
     UnsupportedMediaType,
 )
 from service.inference import TASKS
-from service.inference.batcher import Timing, Work
 from service.inference.here import after_answers
 from service.inference.model import Model
 from service.inference.query import Query, prepare
 from service.inference.shadow import Answered
 from service.inference.task import Task
+from service.inference.work import Timing, Work
 
 MODEL_OPTION = "model"
 TIMEOUT_HEADER = "X-Request-Timeout"

@@ -22,11 +22,11 @@ from service.cells.formats import IN_MEMORY
 from service.cells.formats.format import Format
 from service.errors import NotRawCounts, ShuttingDown, SpeciesMismatch, TooFewGenes, TooManyCells
 from service.inference import TASKS
-from service.inference.batcher import Work
 from service.inference.model import Model
 from service.inference.query import prepare
 from service.inference.questions import DEPENDS_ON, Question, kept
 from service.inference.task import read_options
+from service.inference.work import Work
 
 P = ParamSpec("P")
 T = TypeVar("T")

@@ -18,9 +18,9 @@ from numpy.typing import NDArray
 
 from service import metrics
 from service.cells.columns import Columns, arrays, with_arrays
-from service.inference.batcher import Work
 from service.inference.fingerprints import Words, model_prefix
 from service.inference.model import Model
+from service.inference.work import Work
 
 
 @dataclass(frozen=True)

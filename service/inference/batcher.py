@@ -11,10 +11,9 @@ import time
 from collections import defaultdict, deque
 from collections.abc import AsyncGenerator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import scipy.sparse as sp
-from opentelemetry.trace import SpanContext
 
 from service import metrics, tracing
 from service.cells.columns import Columns, concatenate, n_cells, take
@@ -22,8 +21,7 @@ from service.cells.counts import some_rows, stacked
 from service.errors import DeadlinePassed, DeadlineTooShort, QueueFull, ShuttingDown
 from service.inference.here import CHUNK_SECONDS, Here, after_answers, others_turn
 from service.inference.lanes import SHORT_ROWS, Lanes
-from service.inference.model import Model
-from service.inference.task import Options, Task
+from service.inference.work import Chunk, Piece, Ticket, Timing, Work
 
 MAX_WAITING_CHUNKS = 4
 """Chunks of an answer that may wait for a slow client before the request gives up its turn: the bound on an answer's memory."""
@@ -40,104 +38,6 @@ LOOKS = 16
 
 N_REMEMBERED = 8
 """The next long request is taken to have as many cells as the smallest of so many that came last."""
-
-
-@dataclass(frozen=True)
-class Work:
-    """What requests must have in common to run together."""
-
-    model: Model
-    task: Task
-    options: Options
-
-    @property
-    def key(self) -> tuple[str, str, Options, int]:
-        """Equal for what may run together. A version that was unloaded and loaded again is another object of the same name."""
-        return self.model.id, self.task.name, self.options, id(self.model)
-
-    def n_run(self, n_rows: int) -> int:
-        """Rows that the first graph of the task runs with for so many cells: what it is padded to."""
-        sessions = [self.model.sessions[graph] for graph in self.task.graphs if graph in self.model.sessions]
-        return sessions[0].n_run(n_rows) if sessions else n_rows
-
-
-@dataclass(eq=False)
-class Ticket:
-    """One request in the queue."""
-
-    work: Work
-    counts: sp.csr_matrix
-    admitted: float
-    deadline: float = math.inf
-    """On the clock of `time.monotonic`; what has not begun by then is dropped."""
-
-    n_taken: int = 0
-    """Rows that have been given to the runtime."""
-
-    is_waiting: bool = False
-    """False while all of it has been taken, and while it is paused because its client does not read."""
-
-    results: deque[Columns | BaseException] = field(default_factory=deque)
-    has_result: asyncio.Event = field(default_factory=asyncio.Event)
-    wait_seconds: float = 0.0
-    compute_seconds: float = 0.0
-    charge: Callable[[float], None] | None = None
-    """Told the seconds that its own rows have cost, chunk by chunk, also where its client has left meanwhile."""
-    ended: float = 0.0
-    """When the last of its chunks had run."""
-
-    n_chunks: int = 0
-    trace: tracing.RequestTrace | None = None
-    batches: list[SpanContext] = field(default_factory=list)
-    """Spans of the chunks that it was part of, where it is traced."""
-
-    @property
-    def n_left(self) -> int:
-        """Rows that still have to run."""
-        return int(self.counts.shape[0]) - self.n_taken
-
-    @property
-    def is_short(self) -> bool:
-        """Whether it goes before long requests."""
-        return int(self.counts.shape[0]) <= SHORT_ROWS
-
-    @property
-    def has_begun(self) -> bool:
-        """Whether some of its rows have been given to the runtime."""
-        return self.n_taken > 0
-
-
-Piece = tuple[Ticket, int, int]
-"""A request, and the first of its rows that run together with others, and the last of them + 1."""
-
-
-@dataclass(eq=False)
-class Chunk:
-    """What runs together."""
-
-    pieces: list[Piece]
-    work: Work
-    n_rows: int
-    limit: int
-    """Rows that it might have had."""
-
-    kind: tuple[str, str, int]
-    """Model, task and number of rows, padded."""
-
-    reason: str
-    """Why it was not waited for more: one of metrics.REASONS."""
-
-    started: float = 0.0
-
-
-@dataclass
-class Timing:
-    """Where a request's time went; filled while its answer is made."""
-
-    queue_seconds: float = 0.0
-    compute_seconds: float = 0.0
-    n_hits: int | None = None
-    """Cells that the answer cache knew; None where there is no cache."""
 
 
 @dataclass
@@ -194,7 +94,7 @@ class Batcher:
         """Refuse what waits and end. What runs at this moment completes."""
         self._is_stopping = True
         for ticket in self._tickets:
-            _deliver(ticket, ShuttingDown())
+            ticket.deliver(ShuttingDown())
         self._lanes.clear()
         if self._task is not None:
             self._task.cancel()
@@ -254,8 +154,7 @@ class Batcher:
             self._tickets.discard(ticket)
             self._change_queue(-ticket.n_left)
             ticket.n_taken = n_rows
-            if ticket.trace is not None:
-                _trace(ticket, ticket.trace)
+            ticket.record()
 
     async def at_once(
         self,
@@ -299,14 +198,13 @@ class Batcher:
             raise
         self._done(chunk, columns, began)
         timing.queue_seconds, timing.compute_seconds = ticket.wait_seconds, ticket.compute_seconds
-        if ticket.trace is not None:
-            _trace(ticket, ticket.trace)
+        ticket.record()
         return columns
 
     async def _is_alone(self) -> bool:
         """Whether no other short request has come in the same turn of the loop, which would run together with this one.
 
-        It takes the rest of the turn to know, a tenth of a cell's time. So after some that had no company only two of `LOOKS` look: two in a
+        It takes the rest of the turn to know. So after some that had no company only two of `LOOKS` look: two in a
         row, since the last of those that come together finds the others gone.
         """
         if self._n_alone >= LOOKS and self._n_alone % LOOKS > 1:
@@ -459,10 +357,10 @@ class Batcher:
 
     def _failed(self, chunk: Chunk, error: Exception) -> None:
         """Tell a chunk's requests that it did not run."""
-        self._trace_batch(chunk, type(error).__name__)
+        chunk.trace(type(error).__name__)
         for ticket, _, _ in chunk.pieces:
             # It will not run again: the request ends with this error, and its rows leave the queue with it.
-            _deliver(ticket, error)
+            ticket.deliver(error)
 
     def _done(self, chunk: Chunk, columns: Columns, free_since: float) -> None:
         """Give a chunk's requests what they asked for, and learn how fast it was; the runtime had been free since then."""
@@ -477,7 +375,7 @@ class Batcher:
             speed = n_rows / max(seconds, 1e-6)
             self._speed[work.key[:2]] = 0.8 * self._speed.get(work.key[:2], speed) + 0.2 * speed
         after_answers(self._measure, chunk, seconds)
-        batch = self._trace_batch(chunk)
+        batch = chunk.trace()
         position = 0
         for ticket, start, stop in chunk.pieces:
             ticket.compute_seconds += seconds
@@ -486,7 +384,7 @@ class Batcher:
             ticket.ended, ticket.n_chunks = chunk.started + seconds, ticket.n_chunks + 1
             if batch is not None and ticket.trace is not None:
                 ticket.batches.append(batch)
-            _deliver(ticket, take(columns, position, position + stop - start))
+            ticket.deliver(take(columns, position, position + stop - start))
             position += stop - start
 
     def _measure(self, chunk: Chunk, seconds: float) -> None:
@@ -499,26 +397,6 @@ class Batcher:
         metrics.series(metrics.BATCH_FILL, task).observe(chunk.n_rows / chunk.limit)
         metrics.series(metrics.BATCH_PADDING, task).observe(1 - chunk.n_rows / chunk.work.n_run(chunk.n_rows))
         metrics.series(metrics.BATCH_SECONDS, task).observe(seconds)
-
-    def _trace_batch(self, chunk: Chunk, error: str = "") -> SpanContext | None:
-        """Record a chunk for those of its requests that are traced."""
-        requests = [ticket.trace for ticket, _, _ in chunk.pieces if ticket.trace is not None]
-        if not requests:
-            return None
-        work, n_rows = chunk.work, chunk.n_rows
-        attributes: dict[str, str | int | float] = {
-            "cellserve.model": work.model.manifest.name,
-            "cellserve.version": work.model.manifest.version,
-            "cellserve.task": work.task.name,
-            "cellserve.requests": len(chunk.pieces),
-            "cellserve.rows": n_rows,
-            "cellserve.fill": n_rows / chunk.limit,
-            "cellserve.padding_rows": work.n_run(n_rows) - n_rows,
-            "cellserve.reason": chunk.reason,
-        }
-        return tracing.record_batch(
-            requests, f"batch {work.task.name}", chunk.started, time.monotonic(), attributes, error
-        )
 
     def _limit(self, first: Ticket) -> int:
         """Rows that may run in a chunk that begins with a ticket: whole CHUNK_ROWS, which fill the threads of a graph.
@@ -548,7 +426,7 @@ class Batcher:
             try:
                 self._begin(ticket)
             except DeadlinePassed as error:
-                _deliver(ticket, error)
+                ticket.deliver(error)
                 return False
         ticket.n_taken += n_rows
         self._change_queue(-n_rows)
@@ -573,31 +451,6 @@ def _compute(pieces: list[Piece]) -> Columns:
     work = pieces[0][0].work
     counts = stacked([some_rows(ticket.counts, start, stop) for ticket, start, stop in pieces])
     return work.task.run(work.model, counts, work.options)
-
-
-def _deliver(ticket: Ticket, result: Columns | BaseException) -> None:
-    ticket.results.append(result)
-    ticket.has_result.set()
-
-
-def _trace(ticket: Ticket, trace: tracing.RequestTrace) -> None:
-    """Record where a request waited and ran."""
-    n_rows = int(ticket.counts.shape[0])
-    if not ticket.n_chunks:
-        trace.stage("queue", ticket.admitted, time.monotonic(), {"cellserve.rows": n_rows})
-        return
-    began = ticket.admitted + ticket.wait_seconds
-    trace.stage("queue", ticket.admitted, began, {"cellserve.rows": n_rows})
-    work = ticket.work
-    attributes: dict[str, str | int | float] = {
-        "cellserve.model": work.model.manifest.name,
-        "cellserve.version": work.model.manifest.version,
-        "cellserve.task": work.task.name,
-        "cellserve.rows": n_rows,
-        "cellserve.chunks": ticket.n_chunks,
-        "cellserve.busy_seconds": ticket.compute_seconds,
-    }
-    trace.stage("compute", began, ticket.ended, attributes, ticket.batches)
 
 
 async def run_whole(batcher: Batcher, work: Work, counts: sp.csr_matrix) -> Columns:

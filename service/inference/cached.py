@@ -15,8 +15,9 @@ import scipy.sparse as sp
 from service import metrics
 from service.cells.columns import Columns, n_cells
 from service.inference.answer_cache import AnswerCache, Layout
-from service.inference.batcher import Batcher, Timing, Work
+from service.inference.batcher import Batcher
 from service.inference.fingerprints import fingerprints
+from service.inference.work import Timing, Work
 
 CHUNK_ROWS = 256
 """Cells that are put together at a time."""

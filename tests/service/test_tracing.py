@@ -15,9 +15,10 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 from opentelemetry.trace import SpanKind
 
 from service import metrics, tracing
-from service.inference.batcher import Batcher, Work, run_whole
+from service.inference.batcher import Batcher, run_whole
 from service.inference.model import Model
 from service.inference.task import Options
+from service.inference.work import Work
 from service.trace_export import Traces
 from tests.builders import arrow_body, counts, gene_table, json_body
 from tests.conftest import serving

@@ -14,9 +14,10 @@ from prometheus_client.parser import text_string_to_metric_families
 from service.cells.columns import Columns, Values
 from service.contract.store import Store
 from service.inference import TASKS
-from service.inference.batcher import Work, run_whole
+from service.inference.batcher import run_whole
 from service.inference.model import Model
 from service.inference.task import Options
+from service.inference.work import Work
 from tests.builders import counts, gene_table, json_body, write_artifact
 from tests.conftest import serving
 

@@ -13,8 +13,8 @@ from service.api.progress import KEPT_SECONDS, MAX_ENDED, Progress
 from service.cells.columns import Columns
 from service.errors import RequestNotFound
 from service.inference import TASKS
-from service.inference.batcher import Work
 from service.inference.model import Model
+from service.inference.work import Work
 from tests.builders import arrow_body, counts, gene_table, json_body
 from tests.conftest import serving
 

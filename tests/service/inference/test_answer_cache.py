@@ -11,11 +11,11 @@ import pytest
 from service.cells.columns import Columns, Labels, Values, Vectors, arrays
 from service.contract import artifact
 from service.inference.answer_cache import AnswerCache, Layout, Question
-from service.inference.batcher import Work
 from service.inference.embed import TASK
 from service.inference.model import Model, load
 from service.inference.session import Runtime
 from service.inference.task import Options
+from service.inference.work import Work
 
 WORDS = ("B", "T", "NK")
 

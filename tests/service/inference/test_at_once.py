@@ -14,10 +14,11 @@ from service import metrics
 from service.cells.columns import Columns, Values
 from service.errors import DeadlinePassed, ShuttingDown
 from service.inference import batcher as module
-from service.inference.batcher import LOOKS, Batcher, Timing, Work, run_whole
+from service.inference.batcher import LOOKS, Batcher, run_whole
 from service.inference.here import Here
 from service.inference.model import Model
 from service.inference.task import Options, Task
+from service.inference.work import Timing, Work
 
 QUICK_SECONDS = 0.5
 """Generous: what is quick here must be so on a machine that has other things to do."""
@@ -39,6 +40,12 @@ class FirstCount:
 
 def cells(*first: float) -> sp.csr_matrix:
     return sp.csr_matrix(np.array([[value] for value in first], dtype=np.float32))
+
+
+def values(columns: Columns) -> list[float]:
+    column = columns["first"]
+    assert isinstance(column, Values)
+    return column.values.tolist()
 
 
 @pytest.fixture
@@ -67,7 +74,7 @@ async def work(batcher: Batcher, task: FirstCount, tiny: Model) -> Work:
 async def asked(batcher: Batcher, work: Work, *first: float, **more: Any) -> list[float] | None:
     """The answer that is given at once."""
     columns = await batcher.at_once(work, cells(*first), Timing(), **more)
-    return None if columns is None else columns["first"].values.tolist()  # type: ignore[union-attr]
+    return None if columns is None else values(columns)
 
 
 async def test_nobody_else(batcher: Batcher, work: Work, task: FirstCount, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -79,7 +86,7 @@ async def test_nobody_else(batcher: Batcher, work: Work, task: FirstCount, monke
     await asyncio.sleep(0)
 
     assert columns is not None
-    assert columns["first"].values.tolist() == [7, 8]  # type: ignore[union-attr]
+    assert values(columns) == [7, 8]
     assert task.chunks == [[7, 8]]
     assert metrics.BATCHES.labels("at_once", "idle")._value.get() == before + 1
     assert timing.compute_seconds == sum(charged) > 0
@@ -94,7 +101,7 @@ async def test_company_in_the_same_turn(batcher: Batcher, work: Work, task: Firs
         found = await asked(batcher, work, value)
         if found is not None:
             return found
-        return (await run_whole(batcher, work, cells(value)))["first"].values.tolist()  # type: ignore[union-attr]
+        return values(await run_whole(batcher, work, cells(value)))
 
     assert await asyncio.gather(*map(either, (3, 4, 5))) == [[3], [4], [5]]
     assert task.chunks == [[3, 4, 5]]

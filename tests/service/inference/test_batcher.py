@@ -17,10 +17,11 @@ from service.cells.columns import Columns, Values
 from service.errors import DeadlinePassed, DeadlineTooShort, QueueFull, ShuttingDown
 from service.inference import TASKS
 from service.inference import batcher as module
-from service.inference.batcher import HEADROOM, Batcher, Timing, Work, run_whole
+from service.inference.batcher import HEADROOM, Batcher, run_whole
 from service.inference.here import Here
 from service.inference.model import Model
 from service.inference.task import Options, Task
+from service.inference.work import Timing, Work
 from tests.builders import counts
 
 

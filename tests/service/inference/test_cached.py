@@ -16,11 +16,12 @@ from service.contract import artifact
 from service.errors import QueueFull
 from service.inference import TASKS, cached
 from service.inference.answer_cache import AnswerCache
-from service.inference.batcher import Batcher, Timing, Work
+from service.inference.batcher import Batcher
 from service.inference.cached import CachedRuns
 from service.inference.model import Model, load
 from service.inference.session import Runtime
 from service.inference.task import Options
+from service.inference.work import Timing, Work
 from tests.builders import counts, write_artifact
 
 CELLS = counts(60, seed=3)

@@ -15,7 +15,7 @@ from service.cells.columns import Columns, LabelLists, Labels, Values, Vectors, 
 from service.cells.formats import arrow, arrow_known
 from service.cells.formats.arrow import ArrowWriter, new_bytes, read
 from service.cells.formats.arrow_known import MAX_ROWS, N_KNOWN, known_answers, known_bodies
-from service.errors import CellserveError
+from service.errors import BodyTooLarge, CellserveError
 from tests.builders import arrow_body, counts, gene_table
 
 GENES = gene_table().gene_symbol
@@ -122,7 +122,7 @@ def test_the_limit_of_decoded_bytes() -> None:
     """A known body is refused where it is too large, like any other."""
     content = arrow_body(counts(50), GENES)
     read(content, LIMIT)
-    assert outcome(content, 100)[0].__name__ == "BodyTooLarge"  # type: ignore[attr-defined]
+    assert outcome(content, 100)[0] is BodyTooLarge
 
 
 def test_new_bytes() -> None:
