@@ -25,6 +25,9 @@ SHARE_OF_EPOCHS = 0.5
 MIN_CELLS = 10
 """Labelled cells that a level needs."""
 
+N_SURE = 8_192
+"""Cells, at most, that tell how sure a network is."""
+
 Array = NDArray[np.float64]
 
 
@@ -67,7 +70,7 @@ def calibrate(
         )
     detection = unknown.choose(given, share_of_epochs, show) if finds_unknown else None
     show(f"probabilities of {len(given.positions):,} {given.cells} cells")
-    raw, score = _judge(given, detection.score if detection else None, show)
+    raw, score = _judge(given, labels, detection.score if detection else None, show)
     maps, about, final = _probabilities(given, raw, labels)
     sizes, scores, n_cells = [], {}, {}
     for i, level in enumerate(levels):
@@ -106,12 +109,12 @@ def _divide(run: Run, n_folds: int) -> CalibrationCells:
 
 
 def _judge(
-    given: CalibrationCells, score: str | None, show: Callable[[str], object]
+    given: CalibrationCells, labels: NDArray[np.int64], score: str | None, show: Callable[[str], object]
 ) -> tuple[dict[str, Array], StoredScore | None]:
     """What networks say of the cells that they never met: their own probabilities, (n_cells, n_classes) by level, and the mapping score.
 
-    In folds the score's quantiles are those of all cells, each judged by the network without its fold and that network's own fit of the
-    score; the score that is served is fitted on the run.
+    In folds each network's probabilities are made as sure as the run's. The score's quantiles are those of all cells, each judged by the
+    network without its fold and that network's own fit of the score; the score that is served is fitted on the run.
     """
     run, n_cells = given.run, len(given.positions)
     raw = {level.name: np.empty((n_cells, len(level.classes))) for level in run.config.label_levels}
@@ -120,6 +123,8 @@ def _judge(
         cells = read(network, given.positions[places])
         for name, found in network_probabilities(network, cells).items():
             raw[name][places] = found
+        if given.n_folds is not None:
+            _make_as_sure(given, network, places, labels, raw)
         if score is not None:
             arrays = unknown.fit_score(network, score)
             known[places] = unknown.values(network.family.eval().graphs(), score, arrays, cells.counts)
@@ -128,6 +133,29 @@ def _judge(
     if given.n_folds is not None:
         arrays = unknown.fit_score(run, score)
     return raw, StoredScore(score, arrays, quantiles_of(known))
+
+
+def _make_as_sure(
+    given: CalibrationCells, network: Run, places: NDArray[np.int64], labels: NDArray[np.int64], raw: dict[str, Array]
+) -> None:
+    """Scale the logits of what a fold's network said, so that it is as sure of cells that both have met as the run is.
+
+    Networks of one configuration differ in how far they go on raising the probabilities of cells that they have long learned. Where most
+    of these are near one, a limit for 80 % of cells lies among them, and would hold for the networks of the folds and not for the run's.
+    """
+    met = np.setdiff1d(np.arange(len(given.positions)), places)
+    met = met[:: -(-len(met) // N_SURE)]
+    group = fitting.groups(given.run.config.label_levels)
+    run_says, network_says = (
+        network_probabilities(one, read(one, given.positions[met])) for one in (given.run, network)
+    )
+    for i, (name, values) in enumerate(raw.items()):
+        sure, is_now = (
+            fitting.sureness(found[name], labels[met, i], group[name]) for found in (run_says, network_says)
+        )
+        if sure > 0 and is_now > 0:
+            scaling = Map.scale(values.shape[1], sure / is_now)
+            values[places] = fitting.apply_map(scaling, values[places], group[name])
 
 
 def network_probabilities(run: Run, cells: Cells) -> dict[str, Array]:

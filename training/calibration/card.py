@@ -40,8 +40,8 @@ def _calibration(name: str, level: LevelCalibration) -> str:
     judged = "which the network's weights were not fitted on"
     if level.n_folds is not None:
         judged = (
-            f"each judged by one of {level.n_folds} networks that was trained without its fold; the network of this model was trained on more "
-            "of them, so that the figures are of networks nearly like it"
+            f"each judged by one of {level.n_folds} networks that was trained without its fold, and made as sure as this model's is of cells "
+            "that both have met; this one was trained on more of them, so that the figures are of networks nearly like it"
         )
     return (
         f"## Calibration: {name}\n\n{_METHODS[level.method]} (`{level.method}`), fitted on {level.n_cells:,} {level.cells} cells, {judged}. "

@@ -43,7 +43,12 @@ class Map:
     @classmethod
     def identity(cls, n_classes: int) -> "Map":
         """Nothing is done."""
-        return cls(np.eye(n_classes), np.zeros(n_classes))
+        return cls.scale(n_classes, 1.0)
+
+    @classmethod
+    def scale(cls, n_classes: int, factor: float) -> "Map":
+        """All logits are so many times as large."""
+        return cls(factor * np.eye(n_classes), np.zeros(n_classes))
 
 
 def groups(levels: Sequence[LabelLevel]) -> dict[str, NDArray[np.int64]]:
@@ -124,6 +129,19 @@ def apply_map(found: Map, probabilities: Array, group: NDArray[np.int64]) -> Arr
     """Calibrated probabilities within each group, (n_cells, n_classes)."""
     logits = _logarithm(probabilities) @ torch.from_numpy(found.weight).T + torch.from_numpy(found.bias)
     return np.asarray(within(logits, torch.from_numpy(group)).numpy())
+
+
+def sureness(probabilities: Array, labels: Labels, group: NDArray[np.int64]) -> float:
+    """How sure a network is: the median over cells of ln(p of the true class / p of the likeliest other class of its group).
+
+    Label -1 and classes alone in their group do not count; 0 where nothing is left.
+    """
+    is_asked = (labels >= 0) & (np.bincount(group)[group] > 1)[labels]
+    labels, log_p = labels[is_asked], _logarithm(probabilities[is_asked]).numpy()
+    true = log_p[np.arange(len(labels)), labels]
+    is_other = (group[None, :] == group[labels][:, None]) & (np.arange(len(group))[None, :] != labels[:, None])
+    other = np.where(is_other, log_p, -np.inf).max(axis=1, initial=-np.inf)
+    return float(np.median(true - other)) if len(labels) else 0.0
 
 
 def folds(labels: Labels, seed: int, n_folds: int = N_FOLDS) -> NDArray[np.int64]:

@@ -15,7 +15,7 @@ from service.inference import model as serving
 from service.inference.annotate import AnnotateOptions
 from service.inference.annotate import run as annotate
 from service.inference.session import Runtime, Session
-from tests.training.tiny import TYPES, register, tiny_config
+from tests.training.tiny import SETTINGS, TYPES, register, tiny_config
 from training import cli, parity, run
 from training import export as exporting
 from training.calibration import calibrate as calibrating
@@ -76,7 +76,8 @@ def in_folds(tmp_path_factory: pytest.TempPathFactory) -> tuple[run.Run, Path, P
     root = tmp_path_factory.mktemp("in_folds")
     with pytest.MonkeyPatch.context() as monkeypatch:
         halves(monkeypatch)
-        config = tiny_config(labels=LEVELS, split={"test": 0.2, "validation": 0})
+        longer = {**SETTINGS["fit"], "max_epochs": 30}
+        config = tiny_config(labels=LEVELS, split={"test": 0.2, "validation": 0}, fit=longer)
         made = run.fit(config, root / "run", show_progress=False)
         stored.write(root / "run", root / "run" / run.WEIGHTS, calibrate(made, share_of_epochs=0.4, n_folds=3))
         again = run.load(root / "run")
@@ -175,7 +176,7 @@ def test_in_folds_all_cells_of_the_run_calibrate(in_folds: tuple[run.Run, Path, 
 
 
 def test_in_folds_figures_are_of_what_never_met_a_cell(in_folds: tuple[run.Run, Path, Path]) -> None:
-    """Maps, log-losses and scores are those of the probabilities that the networks without a fold give, and not of the run's own."""
+    """Maps, log-losses and scores are those of the probabilities that the networks without a fold give, each as sure as the run's own."""
     from training.calibration import probabilities as fitting
 
     made, _, _ = in_folds
@@ -183,17 +184,65 @@ def test_in_folds_figures_are_of_what_never_met_a_cell(in_folds: tuple[run.Run, 
     given = folds.divide(made, 3)
     labels = made.prepared.train.labels[:, 0]
     np.testing.assert_array_equal(made.reference.obs_names[given.positions], made.prepared.train.names)
+
+    def margin(log_p: np.ndarray, truth: np.ndarray) -> float:
+        """Of the true class before the next, the median over cells."""
+        true = log_p[np.arange(len(truth)), truth]
+        others = np.where(np.arange(3) == truth[:, None], -np.inf, log_p)
+        return float(np.median(true - others.max(axis=1)))
+
     raw = np.empty((len(labels), 3))
     for network, places in given.networks():
+        rest = np.setdiff1d(np.arange(len(labels)), places)
+        ours, theirs = (
+            margin(
+                np.log(calibrating.network_probabilities(one, made.prepared.train.take(rest))["lineage"]), labels[rest]
+            )
+            for one in (made, network)
+        )
+        assert ours > 0 < theirs != ours
         cells = made.prepared.train.take(places)
-        raw[places] = calibrating.network_probabilities(network, cells)["lineage"]
+        logits = ours / theirs * np.log(calibrating.network_probabilities(network, cells)["lineage"])
+        raw[places] = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
     level, group = made.calibration.levels["lineage"], np.zeros(3, np.int64)
-    assert level.before == fitting.reliability(fitting.apply_map(fitting.Map.identity(3), raw, group), labels)
+    before = fitting.reliability(raw, labels)
+    assert level.before.log_loss == pytest.approx(before.log_loss)
+    assert level.before.expected_calibration_error == pytest.approx(before.expected_calibration_error)
     expected = fitting.fit_map(level.method, raw, labels, group)
-    np.testing.assert_array_equal(made.calibration.maps.get("lineage", fitting.Map.identity(3)).weight, expected.weight)
+    weight = made.calibration.maps.get("lineage", fitting.Map.identity(3)).weight
+    np.testing.assert_allclose(weight, expected.weight, rtol=1e-4, atol=1e-6)
     final = fitting.cross_fit(level.method, raw, labels, group, given.fold)
     found = made.calibration.scores["lineage/scores"]
-    np.testing.assert_allclose(found, 1 - final[np.arange(len(labels)), labels], atol=1e-12)
+    np.testing.assert_allclose(found, 1 - final[np.arange(len(labels)), labels], atol=1e-5)
+
+
+def test_a_run_that_is_surer_than_its_folds_is_calibrated_as_what_it_is(
+    in_folds: tuple[run.Run, Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With logits three times as large, the same labels are served with the same probabilities: its map undoes what its folds do not have."""
+    from training.calibration import probabilities as fitting
+
+    made, _, _ = in_folds
+    assert made.calibration is not None
+    one, group = np.zeros(3, np.int64), np.zeros(4, np.int64)
+    network_probabilities = calibrating.network_probabilities
+
+    def surer(asked: run.Run, cells: Any) -> dict[str, np.ndarray]:
+        found = network_probabilities(asked, cells)
+        if asked is not made:
+            return found
+        return {
+            name: fitting.apply_map(fitting.Map.scale(p.shape[1], 3.0), p, one if name == "lineage" else group)
+            for name, p in found.items()
+        }
+
+    monkeypatch.setattr(calibrating, "network_probabilities", surer)
+    monkeypatch.setattr(calibrating, "METHODS", ("temperature",))
+    again = calibrate(made, finds_unknown=False, n_folds=3)
+    monkeypatch.setattr(calibrating, "network_probabilities", network_probabilities)
+    expected = calibrate(made, finds_unknown=False, n_folds=3)
+    np.testing.assert_allclose(3 * again.maps["lineage"].weight, expected.maps["lineage"].weight, rtol=1e-2)
+    np.testing.assert_allclose(again.scores["lineage/scores"], expected.scores["lineage/scores"], atol=1e-3)
 
 
 def test_what_cannot_be_calibrated_in_folds(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

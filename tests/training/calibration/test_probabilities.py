@@ -33,6 +33,18 @@ def drawn(n_cells: int, weight: float = 1.0, bias: float = 0.0, seed: int = 0) -
     return p / p.sum(axis=1, keepdims=True), np.array([random.choice(4, p=row) for row in true])
 
 
+def test_how_sure_a_network_is() -> None:
+    """The median margin of the true class before the others of its group, in nats; cells without a label and classes alone do not count."""
+    p = np.array(
+        [[0.8, 0.1, 0.1, 0.9], [0.2, 0.4, 0.4, 0.9], [0.6, 0.3, 0.1, 0.9], [0.1, 0.8, 0.1, 0.9], [0.3, 0.3, 0.4, 0.9]]
+    )
+    group = np.array([0, 0, 0, 1])
+    assert fitting.sureness(p, np.array([0, 0, 0, -1, 3]), group) == pytest.approx(np.log(2))
+    assert fitting.sureness(p, np.array([0, -1, -1, -1, 3]), group) == pytest.approx(np.log(8))
+    assert fitting.sureness(p, np.array([3, -1, -1, -1, -1]), group) == 0
+    assert fitting.sureness(p**2, np.array([0, 0, 0, -1, 3]), group) == pytest.approx(2 * np.log(2))
+
+
 def test_a_temperature_is_found() -> None:
     """Of probabilities that were twice too sure, and nothing of those that were right."""
     p, labels = drawn(5000, weight=0.5)
