@@ -2,9 +2,11 @@
 
     make bench-annotation
     python -m benchmarks.annotation "pbmc3k, 80 to 20" --seeds 1    one setup; the others stay in annotation.json as they are
+    python -m benchmarks.annotation --parts labels --methods cellserve    one method; what the others gave stays
 
-For each seed cells are split and genes chosen anew, the same for all methods. Ours learns from the training cells and is calibrated on the
-validation cells; the others learn from both. Nobody sees the query. Ours is exported, served, and asked over HTTP.
+For each seed cells are split and genes chosen anew, the same for all methods and whenever they are asked. All learn from the same cells;
+ours is calibrated on them in folds, and another time learns from a part of them and is calibrated on the rest. Nobody sees the query.
+Ours is exported, served, and asked over HTTP.
 """
 
 import argparse
@@ -16,10 +18,12 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from anndata import AnnData
 from numpy.typing import NDArray
 from sklearn.decomposition import PCA
 from sklearn.linear_model import LogisticRegression
@@ -38,17 +42,29 @@ from training.calibration import unknown
 from training.calibration.calibrate import SHARE_OF_EPOCHS, calibrate
 from training.calibration.probabilities import reliability
 from training.calibration.sets import COVERAGES
+from training.config import Genes
+from training.data.features import BY_NAME
 from training.data.splits import TRAIN, VALIDATION
 from training.run import Run
 
 ROOT = Path(__file__).parent.parent
 N_NEIGHBOURS, N_COMPONENTS = 15, 50
+N_FOLDS = 5
+N_DRAWS = 1_000
+"""Of labels, for the calibration error that perfect probabilities would show."""
+
 SUBTYPES = {"CD4 T", "CD8 T"} | {
     f"{line} T" for line in ("CD4 naive", "CD4 memory", "CD4 helper", "CD4 regulatory", "CD8 naive", "CD8 cytotoxic")
 }
 """Types that are mere subtypes of another that stays: left out of the second median."""
 
-OURS, SCANVI = "cellserve", "SCANVI"
+OURS, OURS_APART = "cellserve", "cellserve, validation cells"
+REGRESSION, KNN, CELLTYPIST, SCANVI = "logistic regression", "kNN on PCA", "CellTypist", "SCANVI"
+FOLDS = {OURS: N_FOLDS, OURS_APART: None}
+"""In how many ours is calibrated; None: it learns from fewer cells than the others, and is calibrated on the rest of theirs."""
+
+PARTS = ("labels", "sets", "unknown")
+METHODS = (OURS, OURS_APART, REGRESSION, KNN, CELLTYPIST, SCANVI)
 
 Array = NDArray[np.float64]
 Method = Callable[[Task, int], Array]
@@ -114,6 +130,34 @@ def figures(probabilities: Array, truth: NDArray[np.int64]) -> dict[str, float]:
     }
 
 
+def ece_floor(probabilities: Array, seed: int) -> float:
+    """Expected calibration error that these probabilities would show on so many cells if they were exactly right: the median over draws.
+
+    Few cells never show none: in each bin the share that is right differs from its expectation by chance (Bröcker & Smith 2007,
+    doi:10.1175/WAF993.1).
+    """
+    random, sums = np.random.default_rng(seed), np.cumsum(probabilities, axis=1)
+    found = []
+    for _ in range(N_DRAWS):
+        # Of what is drawn below the last sum, which need not be 1 to the last bit.
+        drawn = random.random(len(sums)) * sums[:, -1]
+        labels = (sums <= drawn[:, None]).sum(axis=1)
+        found.append(reliability(probabilities, labels).expected_calibration_error)
+    return float(np.median(found))
+
+
+def prediction_sets(client: Client, query: AnnData) -> dict[str, float]:
+    """Coverage and mean size of the sets that are served, by what was asked."""
+    found = {}
+    for asked in COVERAGES:
+        answer = client.run("annotate", query, coverage=asked)
+        names = [str(joined).split("|") if joined else [] for joined in answer.obs["prediction_set"]]
+        is_in = [label in these for label, these in zip(query.obs["label"], names, strict=True)]
+        found[f"coverage at {asked:.0%}"] = float(np.mean(is_in))
+        found[f"mean size at {asked:.0%}"] = float(np.mean([len(these) for these in names]))
+    return found
+
+
 @contextlib.contextmanager
 def served(run: Run) -> Iterator[Client]:
     """A client of a server of the exported run."""
@@ -123,21 +167,27 @@ def served(run: Run) -> Iterator[Client]:
             yield client
 
 
-def fit(material: Material) -> Run:
-    """Our side, trained and calibrated."""
-    config = material.config
+def fit(material: Material, n_folds: int | None) -> Run:
+    """Our side, on the cells and genes of the others: trained on all of them and calibrated in folds, or with None on validation cells."""
+    config, var = material.config, material.reference.var.loc[material.genes]
     reference = config.export.reference.model_copy(update={"project": False})
-    lean = config.export.model_copy(update={"gene_sets": (), "reference": reference})  # what annotate does not need
+    # Neither gene sets nor the picture: annotate needs none.
+    changes = {
+        "export": config.export.model_copy(update={"gene_sets": (), "reference": reference}),
+        "split": config.split if n_folds is None else config.split.model_copy(update={"validation": 0.0}),
+        "genes": Genes(rule=BY_NAME, names=tuple(var["gene_id"].where(var["gene_id"] != "", var["gene_symbol"]))),
+    }
     with tempfile.TemporaryDirectory() as folder:
-        run = runs.fit(config.model_copy(update={"export": lean}), Path(folder) / "run", show_progress=False)
+        run = runs.fit(config.model_copy(update=changes), Path(folder) / "run", show_progress=False)
     assert list(run.prepared.var.index) == list(material.genes), "the others have these genes"
-    return dataclasses.replace(run, calibration=calibrate(run, finds_unknown=False))
+    return dataclasses.replace(run, calibration=calibrate(run, finds_unknown=False, n_folds=n_folds))
 
 
 def unknown_types(material: Material, method: Method | None, seed: int) -> tuple[str, dict[str, dict[str, float]]]:
     """The score that validation cells choose, and for each class its AUROC of telling the class's query cells from the others'.
 
-    The networks never met the class and are those of `calibrate`; its training and validation cells help to choose, its query cells do not.
+    The networks never met the class and are those of `calibrate` without folds; its training and validation cells help to choose, its query
+    cells do not.
     """
     config, reference, split = material.config, material.reference, material.split
     level = config.labels[0]
@@ -213,59 +263,67 @@ class Seeds:
 
     ours: int
     sets: int
-    """Of prediction sets, whose coverage of a few hundred cells is uncertain by two points."""
+    """Of sets that are calibrated on cells set apart: some hundred, which leave the coverage uncertain by points."""
+
     scanvi: int
     scanvi_unknown: int
     """With which it is trained without each type in turn, too."""
 
-    def of(self, part: str) -> dict[str, int]:
-        """Of one of PARTS."""
-        return {
-            "labels": {"ours": self.ours, "scanvi": self.scanvi},
-            "sets": {"ours": self.sets},
-            "unknown": {"ours": self.ours, "scanvi": self.scanvi_unknown},
-        }[part]
 
-
-def measure_labels(name: str, seeds: Seeds, methods: dict[str, Method]) -> dict[str, Any]:
-    """Labels and confidence of a setup."""
+def measure_labels(name: str, seeds: Seeds, methods: dict[str, Method], ours: list[str]) -> dict[str, Any]:
+    """Labels and confidence of a setup; of ours in folds also the prediction sets, where they can keep their promise, from the same fit."""
     labels: dict[str, dict[str, list[float]]] = {}
-    sizes = []
+    sets: dict[str, list[float]] = {}
     for seed in range(seeds.ours):
         material = prepared(SETUPS[name], seed)
         task = material.task()
-        with served(fit(material)) as client:
-            probabilities = client.annotate(task.query).obsm["probabilities"][list(task.classes)].to_numpy(np.float64)
         asked = {method: ask for method, ask in methods.items() if method != SCANVI or seed < seeds.scanvi}
-        answers = {OURS: probabilities} | {method: ask(task, seed) for method, ask in asked.items()}
-        for method, found in answers.items():
-            for figure, value in figures(found, task.truth).items():
-                labels.setdefault(method, {}).setdefault(figure, []).append(value)
-        sizes.append({"reference": task.reference.n_obs, "query": task.query.n_obs})
-        print(f"{name}, seed {seed}: {figures(probabilities, task.truth)}", file=sys.stderr, flush=True)
-    return {
-        "cells": sizes[0],
-        "labels": {method: {one: summary(values) for one, values in found.items()} for method, found in labels.items()},
-    }
-
-
-def measure_sets(name: str, seeds: Seeds, _methods: dict[str, Method]) -> dict[str, Any]:
-    """Coverage and mean size of a setup's prediction sets."""
-    sets: dict[str, list[float]] = {}
-    for seed in range(seeds.sets):
-        material = prepared(SETUPS[name], seed)
-        query = material.task().query
-        with served(fit(material)) as client:
-            for asked in COVERAGES:
-                answer = client.run("annotate", query, coverage=asked)
-                names = [str(joined).split("|") if joined else [] for joined in answer.obs["prediction_set"]]
-                is_in = [label in found for label, found in zip(query.obs["label"], names, strict=True)]
-                sets.setdefault(f"coverage at {asked:.0%}", []).append(float(np.mean(is_in)))
-                sets.setdefault(f"mean size at {asked:.0%}", []).append(float(np.mean([len(found) for found in names])))
+        answers = {}
+        for one in ours:
+            with served(fit(material, FOLDS[one])) as client:
+                known = client.annotate(task.query)
+                answers[one] = known.obsm["probabilities"][list(task.classes)].to_numpy(np.float64)
+                if one == OURS and "sets" in SETUPS[name].parts:
+                    add(sets, prediction_sets(client, task.query))
+        answers |= {method: ask(task, seed) for method, ask in asked.items()}
+        for method, probabilities in answers.items():
+            found = figures(probabilities, task.truth)
+            if method == OURS:
+                found["ece_floor"] = ece_floor(probabilities, seed)
+            add(labels.setdefault(method, {}), found)
+            print(f"{name}, seed {seed}, {method}: {found}", file=sys.stderr, flush=True)
         print(
             f"{name}, seed {seed}: { ({one: values[-1] for one, values in sets.items()}) }", file=sys.stderr, flush=True
         )
-    return {"prediction_sets": {one: summary(values) for one, values in sets.items()}}
+    result: dict[str, Any] = {
+        "cells": {"reference": task.reference.n_obs, "query": task.query.n_obs},
+        "labels": {method: summaries(found) for method, found in labels.items()},
+    }
+    return result | ({"prediction_sets": {OURS: summaries(sets)}} if sets else {})
+
+
+def measure_sets(name: str, n_seeds: int) -> dict[str, Any]:
+    """Prediction sets of a setup, calibrated on cells that no gradient came from."""
+    sets: dict[str, list[float]] = {}
+    for seed in range(n_seeds):
+        material = prepared(SETUPS[name], seed)
+        with served(fit(material, FOLDS[OURS_APART])) as client:
+            add(sets, prediction_sets(client, material.task().query))
+        print(
+            f"{name}, seed {seed}: { ({one: values[-1] for one, values in sets.items()}) }", file=sys.stderr, flush=True
+        )
+    return {"prediction_sets": {OURS_APART: summaries(sets)}}
+
+
+def add(lists: dict[str, list[float]], found: dict[str, float]) -> None:
+    """Append the figures of one more seed."""
+    for name, value in found.items():
+        lists.setdefault(name, []).append(value)
+
+
+def summaries(lists: dict[str, list[float]]) -> dict[str, Any]:
+    """Each figure's median over seeds, with what it is of."""
+    return {name: summary(values) for name, values in lists.items()}
 
 
 def measure_unknown(name: str, seeds: Seeds, methods: dict[str, Method]) -> dict[str, Any]:
@@ -280,9 +338,6 @@ def measure_unknown(name: str, seeds: Seeds, methods: dict[str, Method]) -> dict
     return {"unknown": medians(unseen), "mapping_score": chosen}
 
 
-PARTS = {"labels": measure_labels, "sets": measure_sets, "unknown": measure_unknown}
-
-
 def warm(name: str, parts: Sequence[str], seeds: Seeds, ask: Method) -> None:
     """Let SCANVI answer everything that those parts will ask it."""
     for seed in range(seeds.scanvi):
@@ -292,13 +347,42 @@ def warm(name: str, parts: Sequence[str], seeds: Seeds, ask: Method) -> None:
             ask(material.task(without), seed)
 
 
+def merged(before: dict[str, Any], found: dict[str, Any]) -> dict[str, Any]:
+    """What is known with what was found now: figures that were not asked for, of other methods for example, stay."""
+    inside = {
+        name: merged(before[name], value)
+        for name, value in found.items()
+        if isinstance(value, dict) and name in before and "median" not in value
+    }
+    return before | found | inside
+
+
+def where(found: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """By part, and by method or kind of it, the machine and the day."""
+    unknown_of = found["unknown"]["over_types"]["all types"] if "unknown" in found else {}
+    parts = {"labels": found.get("labels"), "prediction_sets": found.get("prediction_sets"), "unknown": unknown_of}
+    return {part: dict.fromkeys(names, here()) for part, names in parts.items() if names}
+
+
+def here() -> dict[str, str | int]:
+    """The machine, and the day."""
+    return machine() | {"date": datetime.now(UTC).date().isoformat()}
+
+
 def main() -> int:
     """Measure, write and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("setups", nargs="*", choices=[*SETUPS, []], help="default: all")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument(
+        "--methods",
+        nargs="+",
+        choices=METHODS,
+        default=list(METHODS),
+        help="for labels; unknown asks ours always; default: all",
+    )
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--set-seeds", type=int, default=10, help="of prediction sets")
+    parser.add_argument("--set-seeds", type=int, default=10, help="of prediction sets calibrated on cells set apart")
     parser.add_argument("--scanvi-seeds", type=int, help="default: as many")
     parser.add_argument(
         "--scanvi-unknown-seeds", type=int, help="with which SCANVI is trained without each type, too; default: as many"
@@ -311,11 +395,12 @@ def main() -> int:
     parser.add_argument("--scanvi-only", action="store_true", help="only fill that cache, which takes longest")
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks/annotation.json")
     options = parser.parse_args()
-    methods: dict[str, Method] = {"logistic regression": logistic_regression, "kNN on PCA": neighbours}
+    methods: dict[str, Method] = {REGRESSION: logistic_regression, KNN: neighbours}
     if options.celltypist_python:
-        methods["CellTypist"] = celltypist(options.celltypist_python)
+        methods[CELLTYPIST] = celltypist(options.celltypist_python)
     if options.scvi_python:
         methods[SCANVI] = scanvi(ScviTools(options.scvi_python, options.cache, options.seeds))
+    asked = {method: ask for method, ask in methods.items() if method in options.methods}
     n_scanvi = options.seeds if options.scanvi_seeds is None else options.scanvi_seeds
     n_unknown = n_scanvi if options.scanvi_unknown_seeds is None else options.scanvi_unknown_seeds
     seeds = Seeds(options.seeds, options.set_seeds, n_scanvi, n_unknown)
@@ -325,11 +410,16 @@ def main() -> int:
         if options.scanvi_only:
             warm(name, parts, seeds, methods[SCANVI])
             continue
-        found = [PARTS[part](name, seeds, methods) for part in parts]
-        before = known.get(name, {})
-        known[name] = before | {key: value for one in found for key, value in one.items()}
-        known[name]["machine"] = before.get("machine", {}) | dict.fromkeys(parts, machine())
-        known[name]["n_seeds"] = before.get("n_seeds", {}) | {part: seeds.of(part) for part in parts}
+        found = (
+            measure_labels(name, seeds, asked, [one for one in FOLDS if one in options.methods])
+            if "labels" in parts
+            else {}
+        )
+        if "sets" in parts:
+            found = merged(found, measure_sets(name, seeds.sets))
+        if "unknown" in parts:
+            found |= measure_unknown(name, seeds, asked)
+        known[name] = merged(known.get(name, {}), found | {"machine": where(found)})
         options.output.write_text(json.dumps(known, indent=1, ensure_ascii=False) + "\n")
         show(name, known[name])
     return 0

@@ -89,7 +89,7 @@ class Task:
 
 @dataclass(frozen=True)
 class Material:
-    """A setup with a seed: cells, their split, and the genes that were chosen from those trained on."""
+    """A setup with a seed: cells, their split, and the genes that were chosen from its training cells."""
 
     setup: Setup
     config: Config
@@ -121,7 +121,8 @@ class Material:
 def prepared(setup: Setup, seed: int) -> Material:
     """Cells, split and genes of a setup; `training.run.fit` of its configuration makes the same of them.
 
-    The configuration has one level of labels only, and those of its classes that training cells have.
+    The configuration has one level of labels only, and those of its classes that training cells have. All methods learn from its training
+    and validation cells, over these genes.
     """
     document = configuration.load(setup.path).model_dump(mode="json") | setup.changes | {"seed": seed}
     level_name = setup.level or document["labels"][0]["name"]

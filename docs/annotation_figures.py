@@ -7,61 +7,64 @@ from typing import Any
 from docs.tables import table
 
 ROOT = Path(__file__).parent.parent
-PLACES = {"accuracy": 3, "macro_f1": 3, "expected_calibration_error": 3, "log_loss": 2}
+OURS = "cellserve"
+PLACES = {"accuracy": 3, "macro_f1": 3, "expected_calibration_error": 3, "log_loss": 2, "ece_floor": 3}
 
 
 def labels() -> str:
     """Accuracy and macro-F1 of every method."""
-    return _labels("accuracy", "macro_f1")
+    return _labels(("accuracy", "macro_f1"), ())
 
 
 def confidence() -> str:
-    """Expected calibration error and log-loss of every method."""
-    return _labels("expected_calibration_error", "log_loss")
+    """Expected calibration error and log-loss of every method, and the error that our probabilities would show if they were exactly right."""
+    return _labels(("expected_calibration_error", "log_loss"), (("cellserve, if exactly right", OURS, "ece_floor"),))
 
 
-def _labels(*figures: str) -> str:
+def _labels(figures: tuple[str, ...], more: tuple[tuple[str, str, str], ...]) -> str:
+    """Figures of every method, and further columns: what they are called, of which method and which figure."""
     found = {name: one for name, one in _read("annotation").items() if "labels" in one}
     methods = list(dict.fromkeys(method for one in found.values() for method in one["labels"]))
     rows = []
     for name, one in found.items():
         title = f"{name} ({one['cells']['reference']:,} → {one['cells']['query']:,} cells)"
         values = [[one["labels"].get(method, {}).get(figure) for figure in figures] for method in methods]
-        rows.append((title, *(" / ".join(_median(*pair) for pair in zip(figures, row, strict=True)) for row in values)))
-    return table(("query", *methods), rows) + _seeds(found, "labels")
+        cells = [" / ".join(_median(*pair) for pair in zip(figures, row, strict=True)) for row in values]
+        cells += [_median(figure, one["labels"][method].get(figure)) for _, method, figure in more]
+        rows.append((title, *cells))
+    numbers = [{method: one["labels"][method]["accuracy"] for method in one["labels"]} for one in found.values()]
+    return table(("query", *methods, *(name for name, *_ in more)), rows) + _seeds(numbers)
 
 
 def _median(figure: str, value: dict[str, Any] | None) -> str:
     return f"{value['median']:.{PLACES[figure]}f}" if value else ""
 
 
-def _seeds(found: dict[str, Any], part: str) -> str:
-    numbers = [one["n_seeds"][part] for one in found.values()]
-    assert all(one == numbers[0] for one in numbers), "the setups were measured with different seeds"
-    ours = numbers[0]["ours"]
-    scanvi = numbers[0].get("scanvi", ours)
-    words = "One seed" if ours == 1 else f"Medians of {ours} seeds"
-    return f"\n{words}{'' if ours == scanvi else f', of {scanvi} for SCANVI'}.\n"
+def _seeds(found: list[dict[str, Any]]) -> str:
+    """How many seeds, from one figure of each method in every setup."""
+    numbers: dict[str, set[int]] = {}
+    for one in found:
+        for method, figure in one.items():
+            numbers.setdefault(method, set()).add(len(figure["seeds"]))
+    assert all(len(n) == 1 for n in numbers.values()), "the setups were measured with different seeds"
+    ours = numbers[OURS]
+    others = [f", of {n} for {method}" for method, (n,) in numbers.items() if {n} != ours]
+    words = "One seed" if ours == {1} else f"Medians of {min(ours)} seeds"
+    return f"\n{words}{''.join(others)}.\n"
 
 
 def prediction_sets() -> str:
     """Coverage and mean size at each asked coverage, where reference and query are of one population."""
-    found = {name: one for name, one in _read("annotation").items() if "prediction_sets" in one}
-    asked = [
-        name.removeprefix("coverage at ") for name in next(iter(found.values()))["prediction_sets"] if "cov" in name
-    ]
-    rows = [
-        (
-            name,
-            *(
-                f"{one['prediction_sets'][f'coverage at {share}']['median']:.3f} / "
-                f"{one['prediction_sets'][f'mean size at {share}']['median']:.2f}"
-                for share in asked
-            ),
-        )
-        for name, one in found.items()
-    ]
-    return table(("cells", *(f"{share}: coverage / mean size" for share in asked)), rows) + _seeds(found, "sets")
+    rows, asked = [], list[str]()
+    for name, one in _read("annotation").items():
+        for method, figures in one.get("prediction_sets", {}).items():
+            asked = [figure.removeprefix("coverage at ") for figure in figures if "coverage" in figure]
+            values = [
+                [figures[f"{kind} at {share}"]["median"] for kind in ("coverage", "mean size")] for share in asked
+            ]
+            n_seeds = str(len(next(iter(figures.values()))["seeds"]))
+            rows.append((name, method, n_seeds, *(f"{coverage:.3f} / {size:.2f}" for coverage, size in values)))
+    return table(("cells", "model", "seeds", *(f"{share}: coverage / mean size" for share in asked)), rows)
 
 
 def unknown() -> str:
@@ -79,7 +82,9 @@ def unknown() -> str:
             (name, part, *(f"{values[method]['median']:.3f}" if method in values else "" for method in methods))
             for part, values in parts.items()
         ]
-    return table(("cells", "type left out", *methods), rows) + _seeds(found, "unknown")
+    return table(("cells", "type left out", *methods), rows) + _seeds(
+        [one["unknown"]["over_types"]["all types"] for one in found.values()]
+    )
 
 
 def concurrent() -> str:
