@@ -263,8 +263,7 @@ class Seeds:
 
     ours: int
     sets: int
-    """Of sets that are calibrated on validation cells, of which there are a few hundred: the coverage of one seed is uncertain by up to four
-    points, the mean of thirty by less than one."""
+    """Of sets that are calibrated on validation cells: of these there are a few hundred, and the coverage of one seed may lie points off."""
 
     scanvi: int
     scanvi_unknown: int

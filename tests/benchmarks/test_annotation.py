@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from anndata import AnnData
 
 from benchmarks import annotation
 
@@ -64,6 +65,6 @@ def test_what_was_not_asked_stays() -> None:
 
 def test_classes_that_a_method_does_not_know() -> None:
     """Columns come in the task's order, and unknown ones are 0."""
-    task = annotation.Task(None, None, ("A", "B", "C"))  # type: ignore[arg-type]
+    task = annotation.Task(AnnData(), AnnData(), ("A", "B", "C"))
     found = annotation.in_order(task, np.array([[0.3, 0.7]]), np.array(["C", "A"]))
     assert found.tolist() == [[0.7, 0.0, 0.3]]
