@@ -3,12 +3,12 @@
 Either they were set apart from the run, or each cell of it is judged by a network that is trained without its fold (folds.py).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
-from service.contract.annotation import Conformal, LevelCalibration
+from service.contract.annotation import Conformal, LabelLevel, LevelCalibration
 from training.calibration import folds, sets, unknown
 from training.calibration import probabilities as fitting
 from training.calibration.folds import CalibrationCells
@@ -71,12 +71,15 @@ def calibrate(
     detection = unknown.choose(given, share_of_epochs, show) if finds_unknown else None
     show(f"probabilities of {len(given.positions):,} {given.cells} cells")
     raw, score = _judge(given, labels, detection.score if detection else None, show)
-    maps, about, final = _probabilities(given, raw, labels)
+    maps, about = _probabilities(given, raw, labels)
+    # By the very maps that are served, and not by those without each part: with few cells these differ in scale, and where most probabilities
+    # are near one, a quantile of scores by many maps is none of scores by one.
+    served = fitting.compose(levels, _conditional(levels, raw, maps))
     sizes, scores, n_cells = [], {}, {}
     for i, level in enumerate(levels):
         if level.name in about:
-            sizes += sets.sizes(level.name, final[level.name], labels[:, i], given.fold)
-            found = sets.true_scores(final[level.name], labels[:, i])
+            sizes += sets.sizes(level.name, served[level.name], labels[:, i], given.fold)
+            found = sets.true_scores(served[level.name], labels[:, i])
             scores |= {f"{level.name}/{name}": array for name, array in found.items()}
             n_cells[level.name] = len(found["scores"])
     return Calibration(
@@ -172,14 +175,11 @@ def network_probabilities(run: Run, cells: Cells) -> dict[str, Array]:
 
 def _probabilities(
     given: CalibrationCells, raw: dict[str, Array], labels: NDArray[np.int64]
-) -> tuple[dict[str, Map], dict[str, LevelCalibration], dict[str, Array]]:
-    """Maps, what is said of them, and cross-validated probabilities, by level; levels with too few labelled cells have no map."""
+) -> tuple[dict[str, Map], dict[str, LevelCalibration]]:
+    """Maps, where one is better than none, and what is said of them by cross-validation; levels with too few labelled cells have neither."""
     levels = given.run.config.label_levels
     group = fitting.groups(levels)
-    before = {
-        level.name: fitting.apply_map(Map.identity(len(level.classes)), raw[level.name], group[level.name])
-        for level in levels
-    }
+    before = _conditional(levels, raw, {})
     conditional, maps, chosen, losses = dict(before), {}, {}, {}
     for i, level in enumerate(levels):
         name, truth = level.name, labels[:, i]
@@ -205,7 +205,18 @@ def _probabilities(
                 before=fitting.reliability(network[level.name], labels[:, i]),
                 after=fitting.reliability(final[level.name], labels[:, i]),
             )
-    return {name: one for name, one in maps.items() if chosen[name] != "none"}, about, final
+    return {name: one for name, one in maps.items() if chosen[name] != "none"}, about
+
+
+def _conditional(levels: Sequence[LabelLevel], raw: dict[str, Array], maps: Mapping[str, Map]) -> dict[str, Array]:
+    """Probabilities within their parents, by level; of a level without a map as they are."""
+    group = fitting.groups(levels)
+    return {
+        level.name: fitting.apply_map(
+            maps.get(level.name, Map.identity(len(level.classes))), raw[level.name], group[level.name]
+        )
+        for level in levels
+    }
 
 
 def _parameters(method: str, found: Map) -> dict[str, tuple[float, ...]]:

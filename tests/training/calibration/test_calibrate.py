@@ -211,9 +211,9 @@ def test_in_folds_figures_are_of_what_never_met_a_cell(in_folds: tuple[run.Run, 
     expected = fitting.fit_map(level.method, raw, labels, group)
     weight = made.calibration.maps.get("lineage", fitting.Map.identity(3)).weight
     np.testing.assert_allclose(weight, expected.weight, rtol=1e-4, atol=1e-6)
-    final = fitting.cross_fit(level.method, raw, labels, group, given.fold)
+    served = fitting.apply_map(expected, raw, group)
     found = made.calibration.scores["lineage/scores"]
-    np.testing.assert_allclose(found, 1 - final[np.arange(len(labels)), labels], atol=1e-5)
+    np.testing.assert_allclose(found, 1 - served[np.arange(len(labels)), labels], atol=1e-5)
 
 
 def test_a_run_that_is_surer_than_its_folds_is_calibrated_as_what_it_is(
@@ -457,3 +457,17 @@ def test_every_family_can_be_calibrated(family_run: tuple[run.Run, Path], tmp_pa
     assert {"mapping_score", "prediction_set", "top_labels"} <= set(answer)
     assert set(model.manifest.calibration) == {"cell_type"}
     assert {trial.name for trial in model.manifest.unknown.left_out} == set(TYPES)
+
+
+def test_sets_are_those_of_what_is_served(calibrated: tuple[run.Run, Path, Path]) -> None:
+    """The scores that travel are what the exported graphs say of the calibration cells themselves, so that a limit is one for queries too."""
+    made, _, version = calibrated
+    assert made.calibration is not None
+    model = serving.load(artifact.read(version), Runtime())
+    cells = made.reference[made.split.positions(made.reference, CALIBRATION)]
+    for level in made.config.label_levels:
+        kind = cells.obs[level.name].astype(str)
+        truth = np.array([list(level.classes).index(name) for name in kind])
+        said = model.classify(cells[:, made.prepared.var.index].X)[level.name].astype(np.float64)
+        others = np.where(np.arange(said.shape[1]) == truth[:, None], 0, said).sum(axis=1)
+        np.testing.assert_allclose(made.calibration.scores[f"{level.name}/scores"], others, atol=1e-5)
