@@ -71,14 +71,15 @@ def calibrate(
     detection = unknown.choose(given, share_of_epochs, show) if finds_unknown else None
     show(f"probabilities of {len(given.positions):,} {given.cells} cells")
     raw, score = _judge(given, labels, detection.score if detection else None, show)
-    maps, about = _probabilities(given, raw, labels)
+    maps, about, without = _probabilities(given, raw, labels)
     # By the very maps that are served, and not by those without each part: with few cells these differ in scale, and where most probabilities
     # are near one, a quantile of scores by many maps is none of scores by one.
     served = fitting.compose(levels, _conditional(levels, raw, maps))
     sizes, scores, n_cells = [], {}, {}
     for i, level in enumerate(levels):
         if level.name in about:
-            sizes += sets.sizes(level.name, served[level.name], labels[:, i], given.fold)
+            by_part = {number: found[level.name] for number, found in without.items()}
+            sizes += sets.sizes(level.name, by_part, labels[:, i], given.fold)
             found = sets.true_scores(served[level.name], labels[:, i])
             scores |= {f"{level.name}/{name}": array for name, array in found.items()}
             n_cells[level.name] = len(found["scores"])
@@ -175,23 +176,31 @@ def network_probabilities(run: Run, cells: Cells) -> dict[str, Array]:
 
 def _probabilities(
     given: CalibrationCells, raw: dict[str, Array], labels: NDArray[np.int64]
-) -> tuple[dict[str, Map], dict[str, LevelCalibration]]:
-    """Maps, where one is better than none, and what is said of them by cross-validation; levels with too few labelled cells have neither."""
-    levels = given.run.config.label_levels
+) -> tuple[dict[str, Map], dict[str, LevelCalibration], dict[int, dict[str, Array]]]:
+    """Maps, where one is better than none; what is said of them by cross-validation; and what all cells get by maps without each part.
+
+    Levels with too few labelled cells have neither of the first two.
+    """
+    levels, parts = given.run.config.label_levels, [int(number) for number in np.unique(given.fold)]
     group = fitting.groups(levels)
     before = _conditional(levels, raw, {})
-    conditional, maps, chosen, losses = dict(before), {}, {}, {}
+    after, maps, chosen, losses = dict(before), {}, {}, {}
+    maps_without: dict[int, dict[str, Map]] = {number: {} for number in parts}
     for i, level in enumerate(levels):
         name, truth = level.name, labels[:, i]
         if int((truth >= 0).sum()) < MIN_CELLS:
             continue
-        tried = {method: fitting.cross_fit(method, raw[name], truth, group[name], given.fold) for method in METHODS}
-        losses[name] = {method: fitting.log_loss(found, truth) for method, found in tried.items()}
+        tried = {method: fitting.fit_without(method, raw[name], truth, group[name], given.fold) for method in METHODS}
+        found = {method: fitting.cross_fitted(of, raw[name], group[name], given.fold) for method, of in tried.items()}
+        losses[name] = {method: fitting.log_loss(values, truth) for method, values in found.items()}
         chosen[name] = min(METHODS, key=lambda method: losses[name][method])
-        conditional[name] = tried[chosen[name]]
+        after[name] = found[chosen[name]]
+        for number in parts:
+            maps_without[number][name] = tried[chosen[name]][number]
         known = truth >= 0
         maps[name] = fitting.fit_map(chosen[name], raw[name][known], truth[known], group[name])
-    network, final = fitting.compose(levels, before), fitting.compose(levels, conditional)
+    network, final = fitting.compose(levels, before), fitting.compose(levels, after)
+    without = {number: fitting.compose(levels, _conditional(levels, raw, maps_without[number])) for number in parts}
     about = {}
     for i, level in enumerate(levels):
         if level.name in maps:
@@ -205,7 +214,7 @@ def _probabilities(
                 before=fitting.reliability(network[level.name], labels[:, i]),
                 after=fitting.reliability(final[level.name], labels[:, i]),
             )
-    return {name: one for name, one in maps.items() if chosen[name] != "none"}, about
+    return {name: one for name, one in maps.items() if chosen[name] != "none"}, about, without
 
 
 def _conditional(levels: Sequence[LabelLevel], raw: dict[str, Array], maps: Mapping[str, Map]) -> dict[str, Array]:

@@ -1,5 +1,7 @@
 """Conformal prediction sets: the scores that travel with a model, and how sets of several kinds do on cells that set nothing."""
 
+from collections.abc import Mapping
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -35,21 +37,30 @@ def true_scores(probabilities: Array, labels: NDArray[np.int64]) -> dict[str, ND
     return {"scores": found, "classes": labels[known].astype(np.int32)}
 
 
-def sizes(level: str, probabilities: Array, labels: NDArray[np.int64], fold: NDArray[np.int64]) -> list[SetSize]:
-    """Coverage and mean size of sets of each kind, each part of the cells with the quantiles of the others."""
+def sizes(
+    level: str, without: Mapping[int, Array], labels: NDArray[np.int64], fold: NDArray[np.int64]
+) -> list[SetSize]:
+    """Coverage and mean size of sets of each kind, each part of the cells with the maps and quantiles of the others.
+
+    Args:
+        level: name of the label level.
+        without: for each part the probabilities of all cells, (n_cells, n_classes), by maps that were fitted without that part.
+        labels: true classes, (n_cells,); -1 for none.
+        fold: part of each cell, (n_cells,).
+    """
     known = labels >= 0
-    probabilities, labels, fold = probabilities[known], labels[known], fold[known]
+    labels, fold = labels[known], fold[known]
     rows = np.arange(len(labels))
     found = []
     for kind in ("lac", "aps", "raps"):
-        every = score(kind, probabilities)
-        true = every[rows, labels]
+        every = {number: score(kind, probabilities[known]) for number, probabilities in without.items()}
         for asked in COVERAGES:
-            is_in = np.zeros(every.shape, bool)
-            for number in np.unique(fold):
+            is_in = np.zeros((len(labels), next(iter(every.values())).shape[1]), bool)
+            for number, scores in every.items():
                 rest = fold != number
-                made = group_scores(true[rest], labels[rest].astype(np.int32), every.shape[1], MIN_CLASS)
-                is_in[~rest] = every[~rest] <= made.limits(asked)
+                true = scores[rows, labels]
+                made = group_scores(true[rest], labels[rest].astype(np.int32), scores.shape[1], MIN_CLASS)
+                is_in[~rest] = scores[~rest] <= made.limits(asked)
             found.append(
                 SetSize(
                     score=kind,

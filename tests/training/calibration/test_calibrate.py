@@ -19,7 +19,7 @@ from tests.training.tiny import SETTINGS, TYPES, register, tiny_config
 from training import cli, parity, run
 from training import export as exporting
 from training.calibration import calibrate as calibrating
-from training.calibration import folds, stored, unknown
+from training.calibration import folds, sets, stored, unknown
 from training.calibration.calibrate import CannotCalibrate, calibrate
 from training.calibration.graphs import complete
 from training.calibration.scores import SCORES, Percentile, Reference, over_rows, quantiles_of
@@ -214,6 +214,13 @@ def test_in_folds_figures_are_of_what_never_met_a_cell(in_folds: tuple[run.Run, 
     served = fitting.apply_map(expected, raw, group)
     found = made.calibration.scores["lineage/scores"]
     np.testing.assert_allclose(found, 1 - served[np.arange(len(labels)), labels], atol=1e-5)
+    without = {
+        n: fitting.apply_map(fitting.fit_without(level.method, raw, labels, group, given.fold)[n], raw, group)
+        for n in range(3)
+    }
+    assert [one for one in made.calibration.conformal.sizes if one.level == "lineage"] == sets.sizes(
+        "lineage", without, labels, given.fold
+    )
 
 
 def test_a_run_that_is_surer_than_its_folds_is_calibrated_as_what_it_is(

@@ -33,6 +33,11 @@ def drawn(n_cells: int, weight: float = 1.0, bias: float = 0.0, seed: int = 0) -
     return p / p.sum(axis=1, keepdims=True), np.array([random.choice(4, p=row) for row in true])
 
 
+def cross_fit(method: str, p: np.ndarray, labels: np.ndarray, fold: np.ndarray) -> np.ndarray:
+    """Probabilities of all cells, each by the map that was fitted without its part."""
+    return fitting.cross_fitted(fitting.fit_without(method, p, labels, ONE, fold), p, ONE, fold)
+
+
 def test_how_sure_a_network_is() -> None:
     """The median margin of the true class before the others of its group, in nats; cells without a label and classes alone do not count."""
     p = np.array(
@@ -55,15 +60,24 @@ def test_a_temperature_is_found() -> None:
     np.testing.assert_allclose(fitting.fit_map("temperature", p, labels, ONE).weight, np.eye(4), atol=0.05)
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_a_network_that_was_always_right_is_not_taken_to_be_infallible(method: str) -> None:
+    """A hundred right cells and more make it surer, and still leave about one such cell that may be wrong, as the rule of succession does."""
+    p, _ = drawn(200)
+    p = p[p.max(axis=1) > 0.5]
+    labels = p.argmax(axis=1)
+    served = fitting.apply_map(fitting.fit_map(method, p, labels, ONE), p, ONE)
+    assert fitting.log_loss(served, labels) <= fitting.log_loss(p, labels)
+    assert (1 - served.max(axis=1)).sum() > 0.5
+
+
 def test_a_shifted_class_is_found_by_vector_scaling() -> None:
     """The difference of biases is what was shifted; temperature cannot do it."""
     p, labels = drawn(5000, bias=-2.0)
     found = fitting.fit_map("vector", p, labels, ONE)
     assert found.bias[0] - found.bias[1:].mean() == pytest.approx(-2.0, abs=0.3)
-    losses = {
-        method: fitting.log_loss(fitting.cross_fit(method, p, labels, ONE, fitting.folds(labels, 0)), labels)
-        for method in METHODS
-    }
+    fold = fitting.folds(labels, 0)
+    losses = {method: fitting.log_loss(cross_fit(method, p, labels, fold), labels) for method in METHODS}
     assert losses["vector"] < losses["temperature"] - 0.05
     assert losses["vector"] < losses["none"] - 0.05
 
@@ -80,9 +94,9 @@ def test_cross_fitting_never_fits_a_cell_with_itself() -> None:
     """A label that is wrong on purpose changes the probabilities of other parts only."""
     p, labels = drawn(200)
     fold = fitting.folds(labels, 0)
-    before = fitting.cross_fit("vector", p, labels, ONE, fold)
+    before = cross_fit("vector", p, labels, fold)
     changed = np.where(np.arange(200) == 7, (labels + 1) % 4, labels)
-    after = fitting.cross_fit("vector", p, changed, ONE, fold)
+    after = cross_fit("vector", p, changed, fold)
     assert (before[fold == fold[7]] == after[fold == fold[7]]).all()
     assert (before[fold != fold[7]] != after[fold != fold[7]]).any()
 
@@ -139,8 +153,25 @@ def test_scores_of_sets() -> None:
 def test_sizes_hold_what_was_asked() -> None:
     """Coverage of cross-validated sets is within three standard errors for each kind that can be as small as that."""
     p, labels = drawn(3000)
-    found = {(one.score, one.asked): one for one in sets.sizes("broad", p, labels, fitting.folds(labels, 0))}
+    fold = fitting.folds(labels, 0)
+    found = {(one.score, one.asked): one for one in sets.sizes("broad", dict.fromkeys(range(5), p), labels, fold)}
     assert len(found) == 9
     for asked in sets.COVERAGES:
         assert found["lac", asked].coverage == pytest.approx(asked, abs=3 * np.sqrt(asked * (1 - asked) / 3000) + 1e-3)
         assert found["lac", asked].mean_size <= found["aps", asked].mean_size
+
+
+def test_sizes_of_a_part_are_by_the_map_that_lacks_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So is the limit, which is the quantile of what that map says of the others; by hand."""
+    monkeypatch.setattr(sets, "MIN_CLASS", 1000)
+    p, labels = drawn(400)
+    fold = fitting.folds(labels, 0, 2)
+    other = fitting.apply_map(Map(np.diag([3.0, 1, 1, 1]), np.array([1.0, 0, 0, 0])), p, ONE)
+    n_held = 0
+    for number, judged in enumerate((p, other)):
+        scores = (1 - judged)[np.arange(400), labels]
+        rest = np.sort(scores[fold != number])
+        n_held += int((scores[fold == number] <= rest[int(np.ceil(201 * 0.8)) - 1]).sum())
+    found = {(one.score, one.asked): one for one in sets.sizes("broad", {0: p, 1: other}, labels, fold)}
+    same = {(one.score, one.asked): one for one in sets.sizes("broad", {0: p, 1: p}, labels, fold)}
+    assert found["lac", 0.8].coverage == n_held / 400 != same["lac", 0.8].coverage
