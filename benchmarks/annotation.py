@@ -17,7 +17,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -262,8 +262,8 @@ class Seeds:
     """How many seeds; SCANVI, which trains for minutes, may have fewer."""
 
     ours: int
-    sets: int
-    """Of sets that are calibrated on validation cells: of these there are a few hundred, and the coverage of one seed may lie points off."""
+    sets: Mapping[str, int]
+    """Of prediction sets, by which of ours: the coverage of one seed may lie points off, more so where fewer cells calibrate it."""
 
     scanvi: int
     scanvi_unknown: int
@@ -271,9 +271,8 @@ class Seeds:
 
 
 def measure_labels(name: str, seeds: Seeds, methods: dict[str, Method], ours: list[str]) -> dict[str, Any]:
-    """Labels and confidence of a setup; of ours in folds also the prediction sets, where they can keep their promise, from the same fit."""
+    """Labels and confidence of a setup."""
     labels: dict[str, dict[str, list[float]]] = {}
-    sets: dict[str, list[float]] = {}
     for seed in range(seeds.ours):
         material = prepared(SETUPS[name], seed)
         task = material.task()
@@ -283,8 +282,6 @@ def measure_labels(name: str, seeds: Seeds, methods: dict[str, Method], ours: li
             with served(fit(material, FOLDS[one])) as client:
                 known = client.annotate(task.query)
                 answers[one] = known.obsm["probabilities"][list(task.classes)].to_numpy(np.float64)
-                if one == OURS and "sets" in SETUPS[name].parts:
-                    add(sets, prediction_sets(client, task.query))
         answers |= {method: ask(task, seed) for method, ask in asked.items()}
         for method, probabilities in answers.items():
             found = figures(probabilities, task.truth)
@@ -292,27 +289,23 @@ def measure_labels(name: str, seeds: Seeds, methods: dict[str, Method], ours: li
                 found["ece_floor"] = ece_floor(probabilities, seed)
             add(labels.setdefault(method, {}), found)
             print(f"{name}, seed {seed}, {method}: {found}", file=sys.stderr, flush=True)
-        print(
-            f"{name}, seed {seed}: { ({one: values[-1] for one, values in sets.items()}) }", file=sys.stderr, flush=True
-        )
-    result: dict[str, Any] = {
+    return {
         "cells": {"reference": task.reference.n_obs, "query": task.query.n_obs},
         "labels": {method: summaries(found) for method, found in labels.items()},
     }
-    return result | ({"prediction_sets": {OURS: summaries(sets)}} if sets else {})
 
 
-def measure_sets(name: str, n_seeds: int) -> dict[str, Any]:
-    """Prediction sets of a setup, calibrated on cells that no gradient came from."""
-    sets: dict[str, list[float]] = {}
-    for seed in range(n_seeds):
-        material = prepared(SETUPS[name], seed)
-        with served(fit(material, FOLDS[OURS_APART])) as client:
-            add(sets, prediction_sets(client, material.task().query))
-        print(
-            f"{name}, seed {seed}: { ({one: values[-1] for one, values in sets.items()}) }", file=sys.stderr, flush=True
-        )
-    return {"prediction_sets": {OURS_APART: summaries(sets)}}
+def measure_sets(name: str, seeds: Seeds, ours: list[str]) -> dict[str, Any]:
+    """Prediction sets of a setup."""
+    sets: dict[str, dict[str, list[float]]] = {}
+    for one in ours:
+        for seed in range(seeds.sets[one]):
+            material = prepared(SETUPS[name], seed)
+            with served(fit(material, FOLDS[one])) as client:
+                found = prediction_sets(client, material.task().query)
+            add(sets.setdefault(one, {}), found)
+            print(f"{name}, sets, seed {seed}, {one}: {found}", file=sys.stderr, flush=True)
+    return {"prediction_sets": {one: summaries(found) for one, found in sets.items()}}
 
 
 def add(lists: dict[str, list[float]], found: dict[str, float]) -> None:
@@ -379,10 +372,11 @@ def main() -> int:
         nargs="+",
         choices=METHODS,
         default=list(METHODS),
-        help="for labels; unknown asks ours always; default: all",
+        help="unknown asks ours always; default: all",
     )
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--set-seeds", type=int, default=30, help="of prediction sets calibrated on validation cells")
+    parser.add_argument("--fold-set-seeds", type=int, default=10, help="of those calibrated in folds")
     parser.add_argument("--scanvi-seeds", type=int, help="default: as many")
     parser.add_argument(
         "--scanvi-unknown-seeds", type=int, help="with which SCANVI is trained without each type, too; default: as many"
@@ -403,20 +397,18 @@ def main() -> int:
     asked = {method: ask for method, ask in methods.items() if method in options.methods}
     n_scanvi = options.seeds if options.scanvi_seeds is None else options.scanvi_seeds
     n_unknown = n_scanvi if options.scanvi_unknown_seeds is None else options.scanvi_unknown_seeds
-    seeds = Seeds(options.seeds, options.set_seeds, n_scanvi, n_unknown)
+    sets = {OURS: options.fold_set_seeds, OURS_APART: options.set_seeds}
+    seeds = Seeds(options.seeds, sets, n_scanvi, n_unknown)
+    ours = [one for one in FOLDS if one in options.methods]
     known = json.loads(options.output.read_text()) if options.output.exists() else {}
     for name in options.setups or list(SETUPS):
         parts = [part for part in options.parts if part in SETUPS[name].parts]
         if options.scanvi_only:
             warm(name, parts, seeds, methods[SCANVI])
             continue
-        found = (
-            measure_labels(name, seeds, asked, [one for one in FOLDS if one in options.methods])
-            if "labels" in parts
-            else {}
-        )
+        found = measure_labels(name, seeds, asked, ours) if "labels" in parts else {}
         if "sets" in parts:
-            found = merged(found, measure_sets(name, seeds.sets))
+            found |= measure_sets(name, seeds, ours)
         if "unknown" in parts:
             found |= measure_unknown(name, seeds, asked)
         known[name] = merged(known.get(name, {}), found | {"machine": where(found)})
