@@ -226,7 +226,10 @@ def test_in_folds_figures_are_of_what_never_met_a_cell(in_folds: tuple[run.Run, 
 def test_a_run_that_is_surer_than_its_folds_is_calibrated_as_what_it_is(
     in_folds: tuple[run.Run, Path, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With logits three times as large, the same labels are served with the same probabilities: its map undoes what its folds do not have."""
+    """With logits three times as large, the same labels are served with the same probabilities: its map undoes what its folds do not have.
+
+    But for the penalty, which prefers logits as they are and tells the two apart where cells are few.
+    """
     from training.calibration import probabilities as fitting
 
     made, _, _ = in_folds
@@ -245,6 +248,7 @@ def test_a_run_that_is_surer_than_its_folds_is_calibrated_as_what_it_is(
 
     monkeypatch.setattr(calibrating, "network_probabilities", surer)
     monkeypatch.setattr(calibrating, "METHODS", ("temperature",))
+    monkeypatch.setattr(fitting, "PENALTY", 0.0)
     again = calibrate(made, finds_unknown=False, n_folds=3)
     monkeypatch.setattr(calibrating, "network_probabilities", network_probabilities)
     expected = calibrate(made, finds_unknown=False, n_folds=3)
