@@ -226,16 +226,17 @@ def test_in_folds_figures_are_of_what_never_met_a_cell(in_folds: tuple[run.Run, 
 def test_a_run_that_is_surer_than_its_folds_is_calibrated_as_what_it_is(
     in_folds: tuple[run.Run, Path, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With logits three times as large, the same labels are served with the same probabilities: its map undoes what its folds do not have.
+    """With logits three times as large, its folds are taken to be three times as sure, and a map without a penalty undoes just that.
 
-    But for the penalty, which prefers logits as they are and tells the two apart where cells are few.
+    The penalty that is served prefers logits as they are, so that with few cells it tells the two runs apart.
     """
     from training.calibration import probabilities as fitting
 
     made, _, _ = in_folds
     assert made.calibration is not None
     one, group = np.zeros(3, np.int64), np.zeros(4, np.int64)
-    network_probabilities = calibrating.network_probabilities
+    network_probabilities, fit_probabilities = calibrating.network_probabilities, calibrating._probabilities
+    judged: list[np.ndarray] = []
 
     def surer(asked: run.Run, cells: Any) -> dict[str, np.ndarray]:
         found = network_probabilities(asked, cells)
@@ -246,12 +247,20 @@ def test_a_run_that_is_surer_than_its_folds_is_calibrated_as_what_it_is(
             for name, p in found.items()
         }
 
+    def watched(given: Any, raw: dict[str, np.ndarray], labels: Any) -> Any:
+        judged.append(raw["lineage"].copy())
+        return fit_probabilities(given, raw, labels)
+
+    monkeypatch.setattr(calibrating, "_probabilities", watched)
     monkeypatch.setattr(calibrating, "network_probabilities", surer)
+    calibrate(made, finds_unknown=False, n_folds=3)
     monkeypatch.setattr(calibrating, "METHODS", ("temperature",))
     monkeypatch.setattr(fitting, "PENALTY", 0.0)
     again = calibrate(made, finds_unknown=False, n_folds=3)
     monkeypatch.setattr(calibrating, "network_probabilities", network_probabilities)
     expected = calibrate(made, finds_unknown=False, n_folds=3)
+    as_sure = fitting.apply_map(fitting.Map.scale(3, 3.0), judged[2], one)
+    np.testing.assert_allclose(judged[0], as_sure, rtol=1e-3, atol=1e-9)
     np.testing.assert_allclose(3 * again.maps["lineage"].weight, expected.maps["lineage"].weight, rtol=1e-2)
     np.testing.assert_allclose(again.scores["lineage/scores"], expected.scores["lineage/scores"], atol=1e-3)
 
